@@ -1,0 +1,157 @@
+"""Does EM pay? Mask IoU of every arm over scenes of two held-out concepts, from the same starts.
+
+    python benchmarks/em.py --scenes 24 --seeds 3 --workers 2
+
+Runs are appended to results/em_runs.jsonl and never repeated; the table (results/em.md) and the
+curves (results/em.png) are made from all of them. Scenes 1000 and up are for this benchmark alone.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from em_core.commands.common import load_host
+from em_core.commands.demo import example_of
+from em_core.demo.scenes import concept_scene
+from em_core.em import attention_masks, initialise
+from em_core.masks import iou
+from em_core.metrics import curves_of
+from em_core.presets import em_settings, literal
+from em_core.problem import Problem, prepare
+from em_core.runner import run
+from em_core.settings import EMSettings
+from em_core.state import RunState
+
+RESULTS = Path(__file__).parent / "results"
+FIRST_SCENE = 1000
+SETS = ("A", "B", "C")
+
+
+def arms(settings: EMSettings) -> dict[str, EMSettings]:
+    """What is compared. `read_once` and `words` are read off other runs' models; see `controls`."""
+    masks = settings.masks
+    return {
+        "em": settings,
+        "fixed": replace(settings, mode="fixed"),
+        "em_literal": literal(settings),
+        "em_no_crf": replace(settings, masks=replace(masks, crf=None)),
+        "em_no_attention_loss": replace(settings, attention_weight=0.0),
+        "em_no_masked_loss": replace(settings, masked_loss=False),
+    }
+
+
+def mean_iou(problem: Problem, labels: torch.Tensor) -> float:
+    """Mean over the concepts of one picture."""
+    prepared = problem.pictures[0]
+    truth = torch.stack([prepared.truth[name] for name in prepared.names])
+    return float(iou(labels, truth).mean())
+
+
+def em_passes(settings: EMSettings) -> int:
+    """Attention maps that an EM run averages: the start's, the refreshes', and the M-steps' in range."""
+    low, high = settings.masks.timesteps
+    rounds = settings.steps // settings.e_step_every
+    own = round(settings.steps * settings.batch * (high - low)) if settings.free_statistics else 0
+    return settings.masks.init_timesteps + rounds * settings.refresh + own
+
+
+def read_off(problem: Problem, state: RunState, passes: int) -> float:
+    """IoU of masks read once from the state's vectors."""
+    g = torch.Generator().manual_seed(problem.settings.seed + 7)
+    _, estimate = attention_masks(problem, problem.pictures[0], state.vectors, passes, g)
+    return mean_iou(problem, estimate.masks)
+
+
+def one(task: tuple[str, int, int, str]) -> list[dict[str, Any]]:
+    """One run; the fixed arm gives its two controls too."""
+    set_, scene, seed, arm = task
+    torch.set_num_threads(1)
+    host = load_host("demo")
+    settings = em_settings(host.identity().family)
+    chosen = replace(arms(settings)[arm], seed=seed)
+    problem = prepare(host, [example_of(concept_scene(FIRST_SCENE + scene, set_))], chosen)
+    state = initialise(problem)
+    start = mean_iou(problem, state.pictures[0].labels)
+    row = {"set": set_, "scene": scene, "seed": seed}
+    rows = []
+    if arm == "fixed":
+        rows.append(
+            row
+            | {
+                "arm": "words",
+                "start": start,
+                "final": read_off(problem, state, em_passes(settings)),
+            }
+        )
+    run(problem, state)
+    curve = [sum(values) / len(values) for values in zip(*by_step(state), strict=True)]
+    rows.append(row | {"arm": arm, "start": start, "final": curve[-1], "curve": curve})
+    if arm == "fixed":
+        rows.append(
+            row
+            | {
+                "arm": "read_once",
+                "start": start,
+                "final": read_off(problem, state, em_passes(settings)),
+            }
+        )
+    return rows
+
+
+def by_step(state: RunState) -> list[list[float]]:
+    """IoU values of each concept."""
+    return [[value for _, value in points] for points in curves_of(state.curves, "iou").values()]
+
+
+def tasks(args: argparse.Namespace, done: set[tuple]) -> Iterator[tuple[str, int, int, str]]:
+    """What has not been run yet, the main arms first."""
+    for arm, seed, scene, set_ in product(
+        args.arms, range(args.seeds), range(args.scenes), args.sets
+    ):
+        if (set_, scene, seed, arm) not in done:
+            yield set_, scene, seed, arm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--arms", nargs="+", default=list(arms(EMSettings())))
+    parser.add_argument("--runs", type=Path, default=RESULTS / "em_runs.jsonl")
+    args = parser.parse_args()
+    rows = (
+        [json.loads(line) for line in args.runs.read_text().splitlines()]
+        if args.runs.exists()
+        else []
+    )
+    done = {(r["set"], r["scene"], r["seed"], r["arm"]) for r in rows}
+    todo = list(tasks(args, done))
+    with (
+        multiprocessing.get_context("spawn").Pool(args.workers) as pool,
+        args.runs.open("a") as file,
+    ):
+        for i, new in enumerate(pool.imap_unordered(one, todo)):
+            for row in new:
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(
+                f"{i + 1}/{len(todo)}",
+                new[-1]["set"],
+                new[-1]["arm"],
+                round(new[-1]["final"], 3),
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""`python -m em_core demo`: the whole way once, on the demo world."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from ..concept_set import ConceptSet, conclude
+from ..concepts import ConceptPrompt
+from ..demo.scenes import SETS, ConceptScene, concept_scene, write_scene
+from ..diffusers_host import DiffusersHost
+from ..em import StepEvent, initialise
+from ..examples import Example
+from ..files import write_json
+from ..metrics import final_iou, metrics
+from ..pictures import overlay, save_image, save_mask, sheet, to_image
+from ..plots import plot_curves
+from ..presets import em_settings, joint_settings
+from ..problem import Problem, prepare
+from ..runner import run
+from ..settings import Mode
+from ..state import RunState
+from .common import Progress, load_host
+from .learn import require_folder
+
+SEED, SET = 0, "B"
+SCALE = 3
+OTHER_PLACES = ("sand", "brick", "grass", "snow")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="learn two concepts from one rendered picture and draw them together",
+        description="Render a scene with two concepts that the demo model never saw, learn them, draw them.",
+        epilog="example:\n  python -m em_core demo --out output/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/demo"), help="folder for the results"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="of the scene and of the run")
+    parser.add_argument(
+        "--set", choices=SETS, default=SET, help="A new combinations, B new looks, C new shapes"
+    )
+    parser.set_defaults(run=run_command)
+
+
+class Film:
+    """Keeps an overlay of the masks at the start and at every E-step."""
+
+    def __init__(self, picture: torch.Tensor) -> None:
+        self.picture = picture
+        self.frames: dict[int, Image.Image] = {}
+
+    def __call__(self, event: StepEvent, state: RunState) -> None:
+        """Listen to an event."""
+        if event.masks:
+            self.frames[event.step] = overlay(self.picture, state.pictures[0].labels, SCALE)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Write everything to --out and print a short table."""
+    started, out = time.monotonic(), args.out
+    require_folder(out)
+    host = load_host("demo")
+    scene = concept_scene(args.seed, args.set)
+    write_scene(scene, out / "scene")
+    example = example_of(scene)
+    film = Film(example.picture)
+    fixed, _, fixed_state = learn(host, example, "fixed", args.seed, [])
+    problem, seconds, state = learn(host, example, "em", args.seed, [film])
+    concepts = conclude(problem, state)
+    concepts.save(out / "concepts.safetensors")
+    write_pictures(problem, state, film, out)
+    save_image(out / "generated.png", generated(host, concepts, scene))
+    plot_curves(state.curves, out / "curves.png")
+    report = metrics(problem, state, seconds) | {"fixed": metrics(fixed, fixed_state, 0.0)["iou"]}
+    write_json(out / "metrics.json", report)
+    sys.stdout.write(table(state, fixed_state, out, time.monotonic() - started))
+    return 0
+
+
+def example_of(scene: ConceptScene) -> Example:
+    """The scene as a training example with its true masks."""
+    picture = rearrange(torch.from_numpy(scene.image.astype(np.float32) / 255), "h w c -> c h w")
+    truth = {name: torch.from_numpy(mask) for name, mask in scene.masks.items()}
+    return Example(picture, ConceptPrompt.parse(scene.prompt), truth=truth)
+
+
+def learn(
+    host: DiffusersHost, example: Example, mode: Mode, seed: int, listeners: Sequence[Film]
+) -> tuple[Problem, float, RunState]:
+    """One run with a progress bar; gives the time it took too."""
+    started = time.monotonic()
+    family = host.identity().family
+    settings = replace(em_settings(family), mode=mode, seed=seed)
+    joint = replace(joint_settings(family), kind="lora" if mode == "em" else "none")
+    problem = prepare(host, [example], settings, joint)
+    state, progress = initialise(problem), Progress()
+    run(problem, state, [progress, *listeners])
+    progress.close()
+    return problem, time.monotonic() - started, state
+
+
+def write_pictures(problem: Problem, state: RunState, film: Film, out: Path) -> None:
+    """Masks and overlays at the start and the end, and the strip between them."""
+    first, last = min(film.frames), max(film.frames)
+    save_image(out / "overlay_start.png", film.frames[first])
+    save_image(out / "overlay_end.png", film.frames[last])
+    titles = ["start" if step == 0 else f"step {step}" for step in film.frames]
+    truth = torch.stack(list(problem.pictures[0].truth.values()))
+    frames = {"masks": [*film.frames.values(), overlay(film.picture, truth, SCALE)]}
+    save_image(out / "masks_evolving.png", sheet(frames, [*titles, "truth"], side=128))
+    for name, mask in zip(problem.pictures[0].names, state.pictures[0].labels, strict=True):
+        save_mask(out / f"mask_{name}.png", mask)
+
+
+def generated(host: DiffusersHost, concepts: ConceptSet, scene: ConceptScene) -> Image.Image:
+    """A grid: the picture learned from, each concept alone, both together, both elsewhere."""
+    one, two = concepts.names[:2]
+    here = scene.background
+    elsewhere = next(place for place in OTHER_PLACES if place != here)
+    prompts = {
+        f"<{one}> on {here}": f"a photo of <{one}> on {here}",
+        f"<{two}> on {here}": f"a photo of <{two}> on {here}",
+        f"both on {here}": f"a photo of <{one}> and <{two}> on {here}",
+        f"both on {elsewhere}": f"a photo of <{one}> and <{two}> on {elsewhere}",
+    }
+    learned_from = Image.fromarray(scene.image)
+    rows = {}
+    with host.adapted(concepts.weights, concepts.lora_scale):
+        for title, text in prompts.items():
+            pictures = host.generate(ConceptPrompt.parse(text), concepts.vectors, range(5))
+            rows[title] = [learned_from, *map(to_image, pictures)]
+    return sheet(rows, ["learned from", *(f"seed {seed}" for seed in range(5))], side=128)
+
+
+def table(state: RunState, fixed: RunState, out: Path, seconds: float) -> str:
+    """What the demo prints at its end."""
+    start = {name: points[0][1] for name, points in state.curves.items() if name.startswith("iou/")}
+    lines = [
+        "",
+        "mask IoU (mean over the two concepts)",
+        f"  at the start       {sum(start.values()) / len(start):.3f}",
+        f"  with fixed masks   {final_iou(fixed.curves):.3f}",
+        f"  with EM            {final_iou(state.curves):.3f}",
+        f"files in {out}: masks_evolving.png, generated.png, curves.png, concepts.safetensors, metrics.json",
+        f"time: {seconds:.0f} s",
+        "",
+    ]
+    return "\n".join(lines)

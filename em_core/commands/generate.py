@@ -1,0 +1,63 @@
+"""`python -m em_core generate`: pictures of learned concepts."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..concept_set import ConceptSet
+from ..concepts import ConceptPrompt
+from ..pictures import save_image, sheet, to_image
+from .common import add_model, load_host
+
+EXAMPLE = """example:
+  python -m em_core generate --concepts output/learned/concepts.safetensors \\
+      --prompt "a photo of <rex> and <doll> on sand" --out output/generated"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="draw pictures of learned concepts",
+        description="Draw pictures for prompts in which learned concepts stand as <name>.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--concepts", type=Path, required=True, help="a concepts.safetensors file")
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--count", type=int, default=4, help="pictures per prompt")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first picture; the others count on"
+    )
+    parser.add_argument("--steps", type=int, default=30, help="sampling steps")
+    parser.add_argument(
+        "--guidance", type=float, default=5.0, help="classifier-free guidance scale"
+    )
+    parser.add_argument(
+        "--any-weights", action="store_true", help="also on a fine-tune of the model they come from"
+    )
+    add_model(parser)
+    parser.set_defaults(run=run_command)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Write one PNG per picture, and grid.png."""
+    concepts = ConceptSet.load(args.concepts)
+    prompts = [ConceptPrompt.parse(text) for text in args.prompt]
+    host = load_host(args.model, args.device)
+    concepts.require_fit(host.identity(), any_weights=args.any_weights)
+    seeds = range(args.seed, args.seed + args.count)
+    pages: list[Sequence[Image.Image]] = []
+    with host.adapted(concepts.weights, concepts.lora_scale):
+        for prompt in prompts:
+            pictures = host.generate(prompt, concepts.vectors, seeds, args.steps, args.guidance)
+            pages.append([to_image(picture) for picture in pictures])
+    for number, images in enumerate(pages, start=1):
+        for seed, image in zip(seeds, images, strict=True):
+            save_image(args.out / f"prompt_{number}_seed_{seed}.png", image)
+    rows = {str(prompt): images for prompt, images in zip(prompts, pages, strict=True)}
+    save_image(args.out / "grid.png", sheet(rows, [f"seed {seed}" for seed in seeds]))
+    return 0

@@ -1,0 +1,157 @@
+"""`python -m em_core learn`: concepts and masks from pictures."""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ..concept_set import conclude
+from ..em import initialise, resume
+from ..errors import UserError
+from ..files import write_json, write_text
+from ..metrics import metrics
+from ..pictures import save_mask
+from ..plots import plot_curves
+from ..presets import em_settings, joint_settings, literal
+from ..problem import Problem, prepare
+from ..runner import run, stop_on_signal
+from ..settings import EMSettings, JointSettings
+from ..state import RunState
+from .common import Progress, add_model, load_host, read_examples
+
+STATE = "state.safetensors"
+EXAMPLE = """example:
+  python -m em_core scene --seed 3 --out output/scene
+  python -m em_core learn --image output/scene/image.png \\
+      --prompt "$(cat output/scene/prompt.txt)" --truth output/scene --out output/learned"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "learn",
+        help="learn concepts and their masks from pictures",
+        description="Learn a token for each concept of the prompts, and find each concept's mask.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--image", type=Path, nargs="+", required=True, help="one or more pictures")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        required=True,
+        help="one prompt per picture, or one for all: a photo of <rex:dog> on grass",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--mode", choices=("em", "fixed", "given", "none"), default="em")
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="mode given: folder of mask_<concept>.png, one per picture",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folder of true masks, one per picture, for the IoU curves",
+    )
+    parser.add_argument("--steps", type=int, help="steps of the EM loop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vectors", type=int, default=1, help="token vectors per concept")
+    parser.add_argument("--learning-rate", type=float, help="of the token vectors")
+    parser.add_argument(
+        "--joint",
+        choices=("none", "lora", "cross_attention", "full"),
+        default="none",
+        help="then learn tokens and weights together",
+    )
+    parser.add_argument("--joint-steps", type=int, help="steps of the joint phase")
+    parser.add_argument(
+        "--prior-weight", type=float, default=0.0, help="prior preservation in the joint phase"
+    )
+    parser.add_argument(
+        "--literal", action="store_true", help="the paper's own loop: an E-step after every step"
+    )
+    parser.add_argument(
+        "--no-crf", action="store_true", help="do not refine masks with the DenseCRF"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that was stopped in --out"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_model(parser)
+    parser.set_defaults(run=run_command)
+
+
+def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, JointSettings]:
+    """Both phases' settings: the family's defaults, changed as asked."""
+    em, joint = em_settings(family), joint_settings(family)
+    changes = {"steps": args.steps, "learning_rate": args.learning_rate}
+    em = replace(em, mode=args.mode, seed=args.seed, vectors=args.vectors)
+    em = replace(em, **{name: value for name, value in changes.items() if value is not None})
+    em = literal(em) if args.literal else em
+    em = replace(em, masks=replace(em.masks, crf=None)) if args.no_crf else em
+    joint = replace(joint, kind=args.joint, prior_weight=args.prior_weight)
+    return em, joint if args.joint_steps is None else replace(joint, steps=args.joint_steps)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Learn, and write the results; a stopped run says how it goes on."""
+    require_folder(args.out)
+    if args.mode == "given" and not args.masks:
+        raise UserError(
+            "Mode given needs --masks: a folder with mask_<concept>.png for each picture."
+        )
+    examples = read_examples(args.image, args.prompt, args.masks, args.truth)
+    host = load_host(args.model, args.device)
+    problem = prepare(host, examples, *settings_of(args, host.identity().family))
+    state_file = args.out / STATE
+    started = time.monotonic()
+    if args.resume and not state_file.is_file():
+        raise UserError(f"Nothing to resume in {args.out}: no {STATE}. Start without --resume.")
+    state = resume(problem, state_file) if args.resume else initialise(problem)
+    state.to_file(state_file)
+    progress = Progress(args.quiet)
+    with stop_on_signal() as stop:
+        done = run(problem, state, [progress], state_file, stop)
+    progress.close()
+    if not done:
+        sys.stderr.write(
+            f"Stopped at step {state.step}. Go on with the same command and --resume.\n"
+        )
+        return 130
+    write_results(problem, state, args.out, time.monotonic() - started)
+    state_file.unlink(missing_ok=True)
+    return 0
+
+
+def require_folder(out: Path) -> None:
+    """Fail before the work, not after it, where the folder cannot be written."""
+    probe = out / ".writable"
+    write_text(probe, "")
+    probe.unlink()
+
+
+def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:
+    """concepts.safetensors, mask_<concept>.png, curves.png, metrics.json."""
+    conclude(problem, state).save(out / "concepts.safetensors")
+    if problem.settings.mode != "none":
+        write_masks(problem, state, out)
+    plot_curves(state.curves, out / "curves.png")
+    write_json(out / "metrics.json", metrics(problem, state, seconds))
+
+
+def write_masks(problem: Problem, state: RunState, out: Path) -> None:
+    """Masks at their picture's own size; with several pictures the number follows the name."""
+    several = len(problem.pictures) > 1
+    for i, (prepared, picture) in enumerate(
+        zip(problem.pictures, state.pictures, strict=True), start=1
+    ):
+        height, width = prepared.example.picture.shape[-2:]
+        for name, mask in zip(prepared.names, picture.labels, strict=True):
+            file = f"mask_{name}_{i}.png" if several else f"mask_{name}.png"
+            save_mask(out / file, mask, (height, width))

@@ -1,0 +1,19 @@
+"""DenseCRF (Kraehenbuehl and Koltun 2011) in pure PyTorch, and its use on masks."""
+
+from .mean_field import DenseCRF
+from .refine import MaskRefiner, joint_unary, labels, refine_batch
+from .settings import CUTLER, DEMO, DIFFUMASK, PRESETS, Backend, CRFSettings
+
+__all__ = [
+    "CUTLER",
+    "DEMO",
+    "DIFFUMASK",
+    "PRESETS",
+    "Backend",
+    "CRFSettings",
+    "DenseCRF",
+    "MaskRefiner",
+    "joint_unary",
+    "labels",
+    "refine_batch",
+]

@@ -1,0 +1,1 @@
+"""How the demo model was trained: data, autoencoder, denoiser, sample sheet."""

@@ -1,0 +1,98 @@
+"""Writing the trained weights as a Stable Diffusion 1.x pipeline folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from em_core.demo import vocabulary
+from em_core.demo.training.autoencoder import to_tensor
+from em_core.demo.training.data import SceneTable
+
+
+@torch.no_grad()
+def encode_table(
+    rank: int, processes: int, table: SceneTable, vae: AutoencoderKL, count: int
+) -> torch.Tensor:
+    """Unscaled latent means of one process's share of the first `count` scenes."""
+    share = np.array_split(np.arange(count), processes)[rank]
+    parts = []
+    for rows in np.array_split(share, max(1, len(share) // 64)):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(to_tensor(table.images[rows])).latent_dist.mean.float())
+    return torch.cat(parts)
+
+
+def full_text_encoder(trained: CLIPTextModel, ids: dict[str, int]) -> CLIPTextModel:
+    """The text encoder with CLIP's whole token table: rows of words never used are zero."""
+    words = sorted(ids[word + "</w>"] for word in vocabulary.WORDS)
+    rows = torch.tensor([*words, vocabulary.START_ID, vocabulary.END_ID])
+    config = CLIPTextConfig.from_dict(
+        {
+            **trained.config.to_dict(),
+            "vocab_size": vocabulary.END_ID + 1,
+            "bos_token_id": vocabulary.START_ID,
+            "eos_token_id": vocabulary.END_ID,
+            "pad_token_id": vocabulary.END_ID,
+        }
+    )
+    full = CLIPTextModel(config)
+    state = trained.state_dict()
+    name = next(key for key in state if key.endswith("token_embedding.weight"))
+    table = torch.zeros(config.vocab_size, config.hidden_size)
+    table[rows] = state[name].float()
+    full.load_state_dict({**state, name: table})
+    return full.eval()
+
+
+def export_model(
+    model: nn.Module, ids: dict[str, int], vae: Path, tokenizer: Path, folder: Path
+) -> None:
+    """Write the pipeline folder in half precision, aside first, then renamed into place."""
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(vae),
+        "text_encoder": full_text_encoder(model["text"], ids),  # type: ignore[index]
+        "unet": _plain_unet(model["unet"]),  # type: ignore[index]
+    }
+    pipeline = StableDiffusionPipeline(
+        **{name: part.half() for name, part in parts.items()},
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=1000,
+            set_alpha_to_one=False,
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(aside)
+    shutil.rmtree(aside / "tokenizer")
+    shutil.copytree(tokenizer, aside / "tokenizer")
+    words = json.dumps(list(vocabulary.WORDS), indent=0) + "\n"
+    vocabulary.write_text(aside / "words.json", words)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain_unet(trained: nn.Module) -> nn.Module:
+    """A UNet with diffusers' own attention processors and the trained weights."""
+    plain = type(trained).from_config(trained.config)  # type: ignore[attr-defined]
+    plain.load_state_dict(trained.state_dict())
+    return plain.eval()

@@ -1,0 +1,152 @@
+"""What the demo model can do, in numbers, on scenes that it was not trained on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from jaxtyping import Bool, Float
+from numpy import ndarray
+from torch import Tensor
+
+from em_core.attention import AttentionRecorder, select_columns
+from em_core.demo.captions import Caption, Look, bare_caption, full_caption
+from em_core.demo.scenes import TrainingScene, training_generator, training_scene
+from em_core.demo.training.autoencoder import to_tensor
+from em_core.demo.training.denoiser import noise_schedule, stratified_steps
+from em_core.diffusers_host import record_attention
+
+UNSEEN_STREAM = 999_000_000
+STEPS = (50, 100, 150, 200, 250, 300)
+CaptionOf = Callable[[list[Look], str], Caption]
+CAPTIONS: dict[str, CaptionOf] = {
+    "full": full_caption,
+    "bare": bare_caption,
+    "thing": lambda looks, background: bare_caption(looks, background, generic=True),
+}
+
+
+def unseen_scenes(count: int, seed: int = 0) -> list[TrainingScene]:
+    """Scenes of the kinds seen in training, from a random stream that training does not use."""
+    rng = training_generator(UNSEEN_STREAM + seed)
+    return [training_scene(rng) for _ in range(count)]
+
+
+def looks_of(scene: TrainingScene) -> list[Look]:
+    """Shape, colour and pattern of the scene's objects, from left to right."""
+    return [(each.shape, each.colour, each.pattern) for each in scene.objects]
+
+
+@torch.no_grad()
+def encode_text(
+    pipeline: StableDiffusionPipeline, captions: Sequence[Caption]
+) -> Float[Tensor, "b 77 64"]:
+    """Conditioning of captions."""
+    tokens = pipeline.tokenizer(
+        [caption.text for caption in captions], padding="max_length", max_length=77,
+        return_tensors="pt",
+    )
+    return pipeline.text_encoder(tokens.input_ids).last_hidden_state
+
+
+@torch.no_grad()
+def encode_scenes(
+    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene]
+) -> Float[Tensor, "b 4 16 16"]:
+    """Scaled latents of scenes."""
+    x = to_tensor(np.stack([scene.image for scene in scenes]))
+    return pipeline.vae.encode(x).latent_dist.mean * pipeline.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def noun_maps(
+    pipeline: StableDiffusionPipeline, scene: TrainingScene, caption: Caption, seed: int = 0
+) -> dict[str, Float[Tensor, "k h w"]]:
+    """Attention of the caption's nouns in every layer, mean over `STEPS`."""
+    count = len(STEPS)
+    recorder = AttentionRecorder(
+        select_columns([[[at + 1] for at in caption.nouns]] * count, 77), latent_size=(16, 16)
+    )
+    z = encode_scenes(pipeline, [scene]).repeat(count, 1, 1, 1)
+    y = encode_text(pipeline, [caption]).repeat(count, 1, 1)
+    t = torch.tensor(STEPS)
+    a = noise_schedule()[t][:, None, None, None]
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+    with record_attention(pipeline.unet, recorder):
+        pipeline.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, y)
+    return {name: maps.mean(dim=0) for name, maps in recorder.maps.items()}
+
+
+def mask_iou(map_: Float[Tensor, "h w"], mask: Bool[ndarray, "64 64"]) -> float:
+    """IoU of a mask and a map, enlarged (bilinear) and cut at half of its maximum."""
+    large = F.interpolate(map_[None, None], size=mask.shape, mode="bilinear")[0, 0].numpy()
+    found = large > 0.5 * large.max()
+    return float((found & mask).sum() / (found | mask).sum())
+
+
+def attention_iou(
+    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene], kind: str
+) -> dict[str, float]:
+    """Mean IoU of every layer's noun maps with the objects' true masks; see `CAPTIONS`."""
+    found: dict[str, list[float]] = {}
+    for index, scene in enumerate(scenes):
+        caption = CAPTIONS[kind](looks_of(scene), scene.background)
+        for name, maps in noun_maps(pipeline, scene, caption, index).items():
+            pairs = zip(maps, (scene.masks[i] for i in caption.meant), strict=True)
+            found.setdefault(name, []).extend(mask_iou(map_, mask) for map_, mask in pairs)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+@torch.no_grad()
+def noise_errors(
+    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene], seed: int = 0
+) -> tuple[float, float]:
+    """Mean squared error of the noise under the right captions and under those of other scenes."""
+    rng = torch.Generator().manual_seed(seed)
+    z = encode_scenes(pipeline, scenes)
+    y = encode_text(pipeline, [full_caption(looks_of(s), s.background) for s in scenes])
+    t = stratified_steps(len(scenes), rng)
+    a = noise_schedule()[t][:, None, None, None]
+    eps = torch.randn(z.shape, generator=rng)
+    z_t = a.sqrt() * z + (1 - a).sqrt() * eps
+    errors = [
+        float((pipeline.unet(z_t, t, given).sample - eps).square().mean())
+        for given in (y, y.roll(1, dims=0))
+    ]
+    return errors[0], errors[1]
+
+
+@torch.no_grad()
+def reconstruction(
+    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene]
+) -> tuple[float, float]:
+    """PSNR in dB of the autoencoder over all pixels and over the objects' pixels."""
+    x = to_tensor(np.stack([scene.image for scene in scenes]))
+    y = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    error = ((x - y) / 2).square().mean(dim=1)
+    inside = torch.from_numpy(np.stack([scene.masks.any(axis=0) for scene in scenes]))
+    return _decibel(error.mean()), _decibel(error[inside].mean())
+
+
+def _decibel(error: Tensor) -> float:
+    return float(-10 * torch.log10(error))
+
+
+def report(folder: Path, scenes: int = 60) -> dict[str, object]:
+    """All figures of the model in `folder`."""
+    from em_core.demo.training.sheet import load
+
+    pipeline, unseen = load(folder), unseen_scenes(scenes)
+    right, shuffled = noise_errors(pipeline, unseen)
+    everything, on_objects = reconstruction(pipeline, unseen)
+    return {
+        "scenes": scenes,
+        "objects": sum(len(scene.objects) for scene in unseen),
+        "psnr": everything,
+        "psnr_objects": on_objects,
+        "noise_error": right,
+        "noise_error_shuffled": shuffled,
+        "iou": {kind: attention_iou(pipeline, unseen, kind) for kind in CAPTIONS},
+    }

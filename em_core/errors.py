@@ -1,0 +1,9 @@
+"""Errors whose message is written for the person who uses the pack."""
+
+
+class UserError(ValueError):
+    """An error whose message is meant for the user: what was expected, what came, what to do."""
+
+
+class TrainingError(RuntimeError):
+    """Training could not go on; the last good state is kept."""

@@ -1,0 +1,81 @@
+"""Training examples: a picture, its prompt, and masks where the user has some."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .concepts import ConceptPrompt
+from .errors import UserError
+
+Picture = Float[Tensor, "3 H W"]
+NamedMasks = Mapping[str, Bool[Tensor, "H W"]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with its prompt.
+
+    Attributes:
+        picture: [3, H, W], RGB in 0..1.
+        prompt: with at least one concept.
+        masks: concept name -> mask of the picture's size, for mode "given".
+        truth: true masks, used for nothing but the IoU curves.
+    """
+
+    picture: Picture
+    prompt: ConceptPrompt
+    masks: NamedMasks = field(default_factory=dict)
+    truth: NamedMasks = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt.require_concepts()
+        height, width = self.picture.shape[-2:]
+        if min(height, width) < 8:
+            raise UserError(
+                f"Picture too small. Expected at least 8x8 pixels, got {width}x{height}."
+            )
+        for what, masks in (("mask", self.masks), ("true mask", self.truth)):
+            for name, mask in masks.items():
+                if tuple(mask.shape) != (height, width):
+                    raise UserError(
+                        f"Bad size of the {what} of {name}. Expected the picture's {width}x{height}, "
+                        f"got {mask.shape[-1]}x{mask.shape[-2]}."
+                    )
+
+
+def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
+    """Size with about `side`^2 pixels and the picture's aspect, sides multiples of `multiple`."""
+    scale = side / (height * width) ** 0.5
+    fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
+    return fit[0], fit[1]
+
+
+def resize_picture(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Antialiased bicubic resize, values kept in 0..1."""
+    if tuple(picture.shape[-2:]) == size:
+        return picture
+    resized = F.interpolate(
+        picture[None], size=size, mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized[0].clamp(0, 1)
+
+
+def stack_masks(
+    masks: NamedMasks, names: Sequence[str], size: tuple[int, int]
+) -> Bool[Tensor, "k h w"]:
+    """The named masks in this order at `size`.
+
+    Raises:
+        UserError: a mask is missing.
+    """
+    missing = [name for name in names if name not in masks]
+    if missing:
+        raise UserError(
+            f"No mask for {', '.join(missing)}. Give one mask for each of {', '.join(names)}."
+        )
+    stack = torch.stack([masks[name] for name in names]).float()
+    return F.interpolate(stack[None], size=size, mode="area")[0] > 0.5

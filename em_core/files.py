@@ -1,0 +1,106 @@
+"""Files on disk: safetensors with a JSON description, written aside and then renamed."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import UserError
+
+DESCRIPTION = "visual_concepts"
+
+
+def write_aside(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: `path` is whole or as it was.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"Could not write {path}: {error}. Choose a folder that can be written and has space left."
+        ) from error
+    finally:
+        if aside.parent.is_dir():
+            aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_aside(path, write)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all; NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    kind: str,
+    plain: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors and JSON values as one safetensors file of the given kind."""
+    description = json.dumps({"kind": kind, **plain})
+    clean = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    header = {DESCRIPTION: description, **(metadata or {})}
+    write_aside(path, lambda aside: save_file(clean, aside, metadata=header))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON values of a file that :func:`write_tensors` wrote.
+
+    Raises:
+        UserError: no such file, not safetensors, truncated, of another kind, or not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is no whole safetensors file ({error}). It may be cut short, or be another format "
+            "under this name; pickled files are never opened. Save it again."
+        ) from error
+    plain = described(path, header, kind)
+    broken = sorted(
+        n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()
+    )
+    if broken:
+        raise UserError(
+            f"{path} has values that are not finite in {broken[0]}. It is damaged; save it again."
+        )
+    return tensors, plain
+
+
+def described(path: Path, header: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """The JSON values in a file's header, checked for the kind."""
+    try:
+        plain = json.loads(header.get(DESCRIPTION, "{}"))
+    except json.JSONDecodeError:
+        plain = {}
+    found = plain.pop("kind", None) if isinstance(plain, dict) else None
+    if found != kind:
+        what = f"a {found} file" if found else "some other safetensors file"
+        raise UserError(f"{path} is {what}. Expected a {kind} file.")
+    return plain

@@ -1,0 +1,153 @@
+"""Pictures on disk: read with every quirk handled or refused, drawn over, laid side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Shaped
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import UserError
+from .files import write_aside
+
+MAX_PIXELS = 64_000_000
+COLOURS = (
+    (230, 60, 60),
+    (60, 120, 240),
+    (250, 190, 40),
+    (60, 190, 90),
+    (180, 90, 220),
+    (40, 200, 210),
+)
+
+
+def open_image(path: Path) -> Image.Image:
+    """A decoded image, turned as its EXIF says.
+
+    Raises:
+        UserError: no such file, not an image, damaged, or larger than 64 megapixels.
+    """
+    if not path.is_file():
+        raise UserError(f"No file {path}. Expected a picture (PNG, JPEG, WebP).")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"{path} has {image.width}x{image.height} pixels. Expected at most 64 million."
+                )
+            return ImageOps.exif_transpose(image)
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is no picture that can be read ({error}). Save it again as PNG or JPEG."
+        ) from error
+
+
+def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
+    """RGB in 0..1. Alpha is laid over white; 16-bit greys keep their range.
+
+    Raises:
+        UserError: see :func:`open_image`.
+    """
+    image = open_image(path)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.array(image, dtype=np.float32)
+        grey /= np.float32(65535 if grey.max() > 255 else 255)
+        return torch.from_numpy(np.repeat(grey.clip(0, 1)[None], 3, axis=0))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return from_image(image)
+
+
+def read_mask(path: Path) -> Bool[Tensor, "H W"]:
+    """First channel over half of its range.
+
+    Raises:
+        UserError: see :func:`open_image`.
+    """
+    image = open_image(path)
+    first = np.asarray(
+        image if image.mode.startswith("I") or image.mode in "1LF" else image.convert("RGB")
+    )
+    first = first if first.ndim == 2 else first[..., 0]
+    if first.dtype == bool:
+        return torch.from_numpy(first.copy())
+    return torch.from_numpy(first > (32767 if first.max() > 255 else 127))
+
+
+def from_image(image: Image.Image) -> Float[Tensor, "3 H W"]:
+    """Tensor of a Pillow image."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return rearrange(torch.from_numpy(pixels.copy()), "h w c -> c h w")
+
+
+def to_image(picture: Shaped[Tensor, "c H W"]) -> Image.Image:
+    """Pillow image of an RGB or grey tensor in 0..1."""
+    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c"))
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """Write a PNG, whole or not at all."""
+    write_aside(path, lambda aside: image.save(aside, format="PNG"))
+
+
+def save_mask(path: Path, mask: Bool[Tensor, "H W"], size: tuple[int, int] | None = None) -> None:
+    """Write a mask as black and white PNG, resized to (height, width) where given."""
+    image = to_image(mask[None].float())
+    if size is not None and size != (image.height, image.width):
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC).point(
+            lambda v: 255 if v > 127 else 0
+        )
+    save_image(path, image)
+
+
+def overlay(
+    picture: Float[Tensor, "3 H W"], masks: Bool[Tensor, "k H W"], scale: int = 1
+) -> Image.Image:
+    """The picture dimmed, with each mask tinted in its own colour and outlined."""
+    shown = picture.detach().cpu() * 0.55
+    for i, mask in enumerate(masks.cpu()):
+        colour = torch.tensor(COLOURS[i % len(COLOURS)])[:, None] / 255
+        shown[:, mask] = 0.6 * picture.detach().cpu()[:, mask] + 0.4 * colour
+        shown[:, outline(mask)] = colour
+    image = to_image(shown)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
+    """Pixels of the mask that touch its outside."""
+    padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
+    inner = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)[0, 0] > 0.5
+    return mask & ~inner
+
+
+def sheet(
+    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 160
+) -> Image.Image:
+    """A labelled grid of images: one row per entry, titles over the columns."""
+    label = 7 * max((len(title) for title in rows), default=0) + 14
+    count = max(len(images) for images in rows.values())
+    canvas = Image.new("RGB", (label + count * (side + 4), 22 + len(rows) * (side + 4)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for j, title in enumerate(columns):
+        pen.text((label + j * (side + 4) + 2, 5), title, fill="black")
+    for i, (title, images) in enumerate(rows.items()):
+        top = 22 + i * (side + 4)
+        pen.text((6, top + side // 2 - 6), title, fill="black")
+        for j, image in enumerate(images):
+            fit = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.NEAREST)
+            canvas.paste(fit, (label + j * (side + 4), top))
+    return canvas

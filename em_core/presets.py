@@ -1,0 +1,36 @@
+"""Settings that suit a model family."""
+
+from dataclasses import replace
+
+from .crf import DEMO
+from .settings import EMSettings, JointSettings, MaskSettings
+
+DEMO_FAMILY = "sd-64"
+
+
+def em_settings(family: str) -> EMSettings:
+    """Defaults of the EM loop for a family; the demo model's tokens are small and need larger steps."""
+    if family != DEMO_FAMILY:
+        return EMSettings()
+    return EMSettings(
+        steps=160,
+        learning_rate=0.02,
+        batch=4,
+        attention_weight=0.2,
+        masks=MaskSettings(crf=DEMO),
+    )
+
+
+def joint_settings(family: str) -> JointSettings:
+    """Defaults of the joint phase for a family."""
+    if family != DEMO_FAMILY:
+        return JointSettings()
+    return JointSettings(steps=100, learning_rate=1e-3, token_learning_rate=2e-3)
+
+
+def literal(settings: EMSettings) -> EMSettings:
+    """VCD to the letter: masks again after every step, from the updated tokens and one new timestep."""
+    masks = replace(settings.masks, timesteps=(0.0, 1.0), soft=False, all_layers=True)
+    return replace(
+        settings, e_step_every=1, refresh=1, free_statistics=False, averaging="latest", masks=masks
+    )

@@ -1,0 +1,74 @@
+"""Drive a run to its end: both phases, listeners, saving, stopping on request."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+
+from .em import StepEvent, learn
+from .errors import TrainingError
+from .joint import learn_joint
+from .problem import Problem
+from .state import RunState
+
+Listener = Callable[[StepEvent, RunState], None]
+SAVE_SECONDS = 20.0
+
+
+def run(
+    problem: Problem,
+    state: RunState,
+    listeners: Sequence[Listener] = (),
+    state_file: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Run what is left of both phases; True when all is done, False when `stop` asked to end.
+
+    The state goes to `state_file` every 20 seconds, when stopped, and when training fails.
+
+    Raises:
+        TrainingError: a loss is not finite; the last good state is in `state_file`.
+    """
+    saved = time.monotonic()
+    try:
+        for event in chain(learn(problem, state), learn_joint(problem, state)):
+            for listen in listeners:
+                listen(event, state)
+            if stop():
+                save(state, state_file)
+                return False
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save(state, state_file)
+                saved = time.monotonic()
+    except TrainingError:
+        save(state, state_file)
+        raise
+    return True
+
+
+def save(state: RunState, state_file: Path | None) -> None:
+    """Write the state where a file is asked for."""
+    if state_file is not None:
+        state.to_file(state_file)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or a termination request asks the run to end after its step; a second one ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,165 @@
+"""Settings of a run: one frozen dataclass per part. The papers' values are named where ours differ."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args
+
+from .crf import CRFSettings
+from .errors import UserError
+from .losses import Normalisation
+from .masks import Guards, Threshold
+
+Mode = Literal["em", "fixed", "given", "none"]
+WeightKind = Literal["none", "lora", "cross_attention", "full"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How attention maps become masks (VCD, "Mask extraction").
+
+    Attributes:
+        init_timesteps: UNet passes of the first estimate (VCD: 50).
+        timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
+            reads all; late steps see layout, not edges.
+        threshold: tau on the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
+        normalise: scale maps by "min-max" (method) or by their "max" only.
+        competition: give each pixel to one concept only.
+        all_layers: average over all layers (VCD) instead of those at or above the loss's resolution.
+        soft: train under the CRF's marginals instead of its labels.
+        crf: DenseCRF settings, or None for no refinement.
+        guards: when a new mask is not believed.
+    """
+
+    init_timesteps: int = 50
+    timesteps: tuple[float, float] = (0.05, 0.4)
+    threshold: Threshold = 0.4
+    normalise: Literal["min-max", "max"] = "min-max"
+    competition: bool = True
+    all_layers: bool = False
+    soft: bool = True
+    crf: CRFSettings | None = field(default_factory=CRFSettings)
+    guards: Guards = field(default_factory=Guards)
+
+
+@dataclass(frozen=True)
+class EMSettings:
+    """The EM loop (VCD section 3; Break-a-Scene's phase 1 where VCD is silent).
+
+    Attributes:
+        mode: "em"; "fixed": masks estimated once (VCD's baseline); "given": the user's masks
+            (Break-a-Scene); "none": no masks (textual inversion).
+        steps: M-steps (VCD: "usually 400").
+        seed: of all randomness of the run.
+        learning_rate: AdamW on the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
+        batch: noise samples per step, of one picture (Break-a-Scene: 1).
+        vectors: token vectors per concept.
+        masked_loss: weight the diffusion loss by the masks (Eq. 3); False is Eq. 1.
+        normalisation: of the masked loss; "mean" is Break-a-Scene's.
+        attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
+        end_of_text_weight: of ViCo's regulariser (ViCo: 5e-4; 0 is off).
+        gradient_clip: total norm (Break-a-Scene: 1.0).
+        union_sampling: draw a random subset of the picture's concepts per sample (Break-a-Scene).
+        flip: mirror picture and masks at random (Break-a-Scene does; wrong for asymmetric subjects).
+        e_step_every: M-steps between E-steps (VCD: 1).
+        refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
+        free_statistics: count the maps of the M-steps' own passes too; False reads the refresh's alone.
+        averaging: "all": mean of all rounds' maps, the start's included (stochastic approximation with
+            step sizes 1/k); "latest": this round's only (VCD).
+        patience: stop once this many E-steps in a row changed every mask by under `settled`; 0 never.
+        settled: largest 1 - IoU with the previous mask that counts as no change.
+        image_side: side of the square whose area pictures are resized to; None: the model's own.
+    """
+
+    mode: Mode = "em"
+    steps: int = 400
+    seed: int = 0
+    learning_rate: float = 5e-4
+    batch: int = 1
+    vectors: int = 1
+    masked_loss: bool = True
+    normalisation: Normalisation = "area"
+    attention_weight: float = 0.01
+    end_of_text_weight: float = 0.0
+    gradient_clip: float = 1.0
+    union_sampling: bool = True
+    flip: bool = False
+    e_step_every: int = 20
+    refresh: int = 8
+    free_statistics: bool = True
+    averaging: Literal["all", "latest"] = "all"
+    patience: int = 0
+    settled: float = 0.01
+    image_side: int | None = None
+    masks: MaskSettings = field(default_factory=MaskSettings)
+
+    def __post_init__(self) -> None:
+        require("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
+        require("steps", self.steps, self.steps >= 1, "at least 1")
+        require("batch", self.batch, self.batch >= 1, "at least 1")
+        require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
+        require("learning rate", self.learning_rate, self.learning_rate > 0, "more than 0")
+        require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
+        require("refresh", self.refresh, self.refresh >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """Tokens and weights together, masks frozen (VCD, "Finally"; Break-a-Scene's phase 2).
+
+    Attributes:
+        kind: "lora", "cross_attention" (keys and values), "full", or "none" to skip the phase.
+        steps: of this phase (Break-a-Scene: 400).
+        learning_rate: of the weights; LoRA 1e-4 (Mix-of-Show), full weights 2e-6 (Break-a-Scene).
+        token_learning_rate: of the token vectors; None keeps them as the EM loop left them.
+        rank, alpha: of the LoRA; its output is scaled by alpha / rank (Mix-of-Show: 4, 1).
+        prior_weight: of the prior preservation loss; 0 is off (Break-a-Scene: 1).
+        prior_prompt: what the prior pictures show; they are drawn by the model itself.
+        prior_pictures: how many (Break-a-Scene: 100).
+    """
+
+    kind: WeightKind = "none"
+    steps: int = 400
+    learning_rate: float = 1e-4
+    token_learning_rate: float | None = 5e-5
+    rank: int = 4
+    alpha: float = 1.0
+    prior_weight: float = 0.0
+    prior_prompt: str = "a photo"
+    prior_pictures: int = 8
+
+    def __post_init__(self) -> None:
+        require(
+            "joint phase",
+            self.kind,
+            self.kind in get_args(WeightKind),
+            f"one of {get_args(WeightKind)}",
+        )
+        require("joint steps", self.steps, self.steps >= 1, "at least 1")
+        require("rank", self.rank, self.rank >= 1, "at least 1")
+
+
+def require(what: str, value: object, fine: bool, expected: str) -> None:
+    """Raise a UserError unless `fine`."""
+    if not fine:
+        raise UserError(f"Bad {what}. Expected {expected}, got {value!r}.")
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values."""
+    return asdict(settings)
+
+
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Inverse of :func:`to_json`; unknown keys are refused by the dataclass, absent ones keep defaults."""
+    nested: dict[str, type] = {"masks": MaskSettings, "crf": CRFSettings, "guards": Guards}
+    read: dict[str, Any] = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        if f.name not in values:
+            continue
+        value = values[f.name]
+        part = nested.get(f.name)
+        if part is not None and isinstance(value, Mapping):
+            value = from_json(part, value)
+        read[f.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**read)

@@ -1,0 +1,255 @@
+"""The command line: results on disk, and clear errors with nothing half-written."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from em_core.__main__ import main
+from em_core.pictures import read_mask
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a photo of <rex:star> and <doll:circle> on grass"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scene")
+    assert main(["scene", "--seed", "5", "--set", "B", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("learned")
+    assert main(learn(scene, out, "--truth", str(scene), "--steps", "20")) == 0
+    return out
+
+
+def learn(scene: Path, out: Path, *more: str) -> list[str]:
+    prompt = (scene / "prompt.txt").read_text().strip()
+    image = str(scene / "image.png")
+    return ["learn", "--image", image, "--prompt", prompt, "--out", str(out), "--quiet", *more]
+
+
+def test_scene_is_a_function_of_its_seed(scene: Path, tmp_path: Path) -> None:
+    main(["scene", "--seed", "5", "--set", "B", "--out", str(tmp_path)])
+    for file in ("image.png", "mask_rex.png", "mask_doll.png", "prompt.txt"):
+        assert (tmp_path / file).read_bytes() == (scene / file).read_bytes()
+
+
+def test_learn_writes_all_it_promises(scene: Path, learned: Path) -> None:
+    names = {"concepts.safetensors", "mask_rex.png", "mask_doll.png", "curves.png", "metrics.json"}
+    assert {p.name for p in learned.iterdir()} == names
+    metrics = json.loads((learned / "metrics.json").read_text())
+    assert {"mode", "seed", "steps", "seconds", "iou", "final_iou", "losses"} <= set(metrics)
+    assert (metrics["mode"], metrics["seed"], metrics["steps"]) == ("em", 0, 20)
+    truth = {n: read_mask(scene / f"mask_{n}.png") for n in ("rex", "doll")}
+    found = {n: read_mask(learned / f"mask_{n}.png") for n in truth}
+    ious = [float((found[n] & truth[n]).sum() / (found[n] | truth[n]).sum()) for n in truth]
+    assert metrics["final_iou"] == pytest.approx(sum(ious) / 2, abs=1e-6)
+    assert [step for step, _ in metrics["losses"]["total"]] == list(range(1, 21))
+
+
+def test_without_truth_the_iou_is_null(scene: Path, tmp_path: Path) -> None:
+    assert main(learn(scene, tmp_path, "--steps", "1", "--mode", "none")) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["iou"] is None and metrics["final_iou"] is None
+
+
+def test_generate_and_masks_from_a_concept_file(scene: Path, learned: Path, tmp_path: Path) -> None:
+    file = str(learned / "concepts.safetensors")
+    args = ["--concepts", file, "--out", str(tmp_path / "g"), "--count", "2", "--steps", "3"]
+    assert main(["generate", "--prompt", "a photo of <rex> on sand", *args]) == 0
+    assert len(list((tmp_path / "g").glob("prompt_1_seed_*.png"))) == 2
+    image = str(scene / "image.png")
+    args = ["--image", image, "--concepts", file, "--out", str(tmp_path / "m"), "--passes", "4"]
+    assert main(["masks", "--prompt", "a photo of <rex> and <x:thing> on sand", *args]) == 0
+    assert read_mask(tmp_path / "m" / "mask_rex.png").shape == (64, 64)
+    assert (tmp_path / "m" / "overlay.png").is_file()
+
+
+def test_several_pictures_and_given_masks(scene: Path, tmp_path: Path) -> None:
+    image, prompt = str(scene / "image.png"), (scene / "prompt.txt").read_text().strip()
+    args = ["--mode", "given", "--masks", str(scene), str(scene), "--steps", "2", "--quiet"]
+    out = ["--out", str(tmp_path)]
+    assert main(["learn", "--image", image, image, "--prompt", prompt, *args, *out]) == 0
+    assert torch.equal(read_mask(tmp_path / "mask_rex_2.png"), read_mask(scene / "mask_rex.png"))
+
+
+def spoil_image(folder: Path, make) -> Path:
+    make(folder / "bad.png")
+    return folder / "bad.png"
+
+
+BAD_PROMPTS = {
+    "a photo of a star": "No concept in the prompt",
+    "a photo of <rex:star> and <rex:circle>": "more than once",
+    "a photo of <rex:zebra>": "does not know the word 'zebra'. It knows: ",
+    "a photo of <rex:star> on " + "grass " * 80: "Expected at most 75",
+    "<rex:star": "Unbalanced",
+    "": "No concept in the prompt",
+}
+
+
+@pytest.mark.parametrize("prompt", BAD_PROMPTS)
+def test_bad_prompts(scene: Path, tmp_path: Path, capsys, prompt: str) -> None:
+    image, out = str(scene / "image.png"), tmp_path / "out"
+    assert main(["learn", "--image", image, "--prompt", prompt, "--out", str(out), "--quiet"]) == 2
+    assert BAD_PROMPTS[prompt] in capsys.readouterr().err
+    assert not out.exists() or not list(out.iterdir())
+
+
+def one_pixel(file: Path) -> None:
+    Image.new("RGB", (1, 1)).save(file)
+
+
+def no_image(file: Path) -> None:
+    file.write_text("hello")
+
+
+def save_mode(mode: str):
+    def save(file: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        image.save(file)
+
+    return save
+
+
+@pytest.mark.parametrize(("make", "says"), [(one_pixel, "at least 8x8"), (no_image, "no picture")])
+def test_bad_images(tmp_path: Path, capsys, make, says: str) -> None:
+    image, out = spoil_image(tmp_path, make), tmp_path / "out"
+    assert main(["learn", "--image", str(image), "--prompt", PROMPT, "--out", str(out), "--quiet"]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "L"])
+def test_odd_images_are_handled(tmp_path: Path, mode: str) -> None:
+    """Alpha, 16 bit, grey, and not square: all at once."""
+    image, out = spoil_image(tmp_path, save_mode(mode)), tmp_path / "out"
+    args = ["--steps", "1", "--quiet", "--out", str(out)]
+    assert main(["learn", "--image", str(image), "--prompt", PROMPT, *args]) == 0
+    assert read_mask(out / "mask_rex.png").shape == (48, 80)
+
+
+def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
+    for name in ("rex", "doll"):
+        Image.new("L", (32, 32)).save(tmp_path / f"mask_{name}.png")
+    assert main(learn(scene, tmp_path / "out", "--truth", str(tmp_path))) == 2
+    assert "Expected the picture's 64x64, got 32x32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--steps", "0"], "Bad steps. Expected at least 1, got 0"),
+        (["--mode", "given"], "needs --masks"),
+        (["--resume"], "Nothing to resume"),
+        (["--model", "nowhere"], "No model at nowhere"),
+        (["--truth", "nowhere"], "No folder nowhere"),
+        (["--learning-rate", "-1"], "Bad learning rate"),
+        (["--vectors", "0"], "Bad vectors"),
+    ],
+)
+def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says: str) -> None:
+    assert main(learn(scene, tmp_path / "out", *more)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(scene: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(learn(scene, tmp_path / "file" / "out")) == 2
+    assert "Could not write" in capsys.readouterr().err
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def with_nan(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    tensors["vectors/rex/clip_l"][0, 0] = float("nan")
+    save_file(tensors, file, metadata=header)
+
+
+def a_pickle(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"vectors": 1}))
+
+
+def of_another_model(file: Path) -> None:
+    from em_core.concept_set import ConceptSet
+
+    loaded = ConceptSet.load(file)
+    loaded.identity.sample.mul_(1.5)
+    loaded.save(file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (cut_short, "no whole safetensors file"),
+        (with_nan, "not finite"),
+        (a_pickle, "no whole safetensors file"),
+        (of_another_model, "learned on another model"),
+    ],
+)
+def test_bad_concept_files(learned: Path, tmp_path: Path, capsys, spoil, says: str) -> None:
+    file = tmp_path / "c.safetensors"
+    file.write_bytes((learned / "concepts.safetensors").read_bytes())
+    spoil(file)
+    out = tmp_path / "out"
+    assert main(["generate", "--concepts", str(file), "--prompt", "<rex>", "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unknown_concept_names_the_known(learned: Path, tmp_path: Path, capsys) -> None:
+    file = str(learned / "concepts.safetensors")
+    assert main(["generate", "--concepts", file, "--prompt", "<max>", "--out", str(tmp_path)]) == 2
+    assert "Concept max has not been learned. Known: rex, doll" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_resume_ends_the_same(scene: Path, tmp_path: Path) -> None:
+    """A run interrupted from outside, then resumed, equals one that was left alone, bit for bit."""
+    command = [sys.executable, "-m", "em_core", *learn(scene, tmp_path / "cut", "--steps", "60")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut" / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said
+    assert (tmp_path / "cut" / "state.safetensors").is_file()
+    assert not (tmp_path / "cut" / "concepts.safetensors").exists()
+    subprocess.run([*command, "--resume"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert main(learn(scene, tmp_path / "whole", "--steps", "60")) == 0
+    a, b = (load_file(tmp_path / f / "concepts.safetensors") for f in ("cut", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    cut, whole = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("cut", "whole"))
+    assert cut["losses"] == whole["losses"] and cut["area"] == whole["area"]
+
+
+@pytest.mark.parametrize("command", ["demo", "scene", "learn", "masks", "generate", "refine"])
+def test_help_has_an_example(capsys, command: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0 and "python -m em_core " + command in capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""The prompt grammar."""
+
+import pytest
+import torch
+
+from em_core.concepts import Concept, ConceptPrompt, merge_concepts
+from em_core.errors import UserError
+from em_core.vectors import random_vectors, spread_pieces
+
+
+def test_parts_of_a_prompt() -> None:
+    prompt = ConceptPrompt.parse("a photo of <rex:dog> and <doll:old  doll>, on <shore>")
+    assert prompt.parts == (
+        "a photo of ",
+        Concept("rex", "dog"),
+        " and ",
+        Concept("doll", "old doll"),
+        ", on ",
+        Concept("shore", ""),
+    )
+    assert prompt.plain() == "a photo of dog and old doll, on "
+
+
+@pytest.mark.parametrize("text", ["a <rex:dog> b <c>", "<a><b:x y>", "plain", ""])
+def test_text_survives_a_round_trip(text: str) -> None:
+    assert str(ConceptPrompt.parse(text)) == text
+    assert ConceptPrompt.parse(str(ConceptPrompt.parse(text))) == ConceptPrompt.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a <rex:dog> and <rex>", "more than once"),
+        ("a <rex:dog", "Unbalanced"),
+        ("a rex> b", "Unbalanced"),
+        ("a <>", "Bad concept name"),
+        ("a <../x:dog>", "Bad concept name"),
+        ("a <1st:dog>", "Bad concept name"),
+    ],
+)
+def test_malformed_prompts(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ConceptPrompt.parse(text)
+
+
+def test_a_prompt_without_concepts_is_refused_where_one_is_needed() -> None:
+    with pytest.raises(UserError, match="No concept in the prompt"):
+        ConceptPrompt.parse("a photo of a dog").require_concepts()
+
+
+def test_subset_follows_the_order_asked_for() -> None:
+    prompt = ConceptPrompt.parse("<a:x> with <b:y> in <c:z>")
+    assert str(prompt.subset(["c", "a"])) == "a photo of <c:z> and <a:x>"
+
+
+def test_concepts_of_several_prompts() -> None:
+    prompts = [ConceptPrompt.parse(t) for t in ("<a> and <b:dog>", "<a:cat> on <c>")]
+    assert merge_concepts(prompts) == (Concept("a", "cat"), Concept("b", "dog"), Concept("c", ""))
+    with pytest.raises(UserError, match="starts from 'dog' in one prompt"):
+        merge_concepts([ConceptPrompt.parse("<a:dog>"), ConceptPrompt.parse("<a:cat>")])
+
+
+def test_start_vectors_from_pieces() -> None:
+    pieces = torch.tensor([[1.0, 0.0], [3.0, 2.0], [8.0, 8.0]])
+    assert torch.equal(spread_pieces(pieces, 1), torch.tensor([[4.0, 10 / 3]]))
+    assert torch.equal(spread_pieces(pieces, 2), torch.tensor([[2.0, 1.0], [8.0, 8.0]]))
+    assert torch.equal(spread_pieces(pieces, 4), pieces[[0, 1, 2, 0]])
+
+
+def test_random_start_matches_the_table_and_skips_unused_rows() -> None:
+    g = torch.Generator().manual_seed(0)
+    used = torch.randn(500, 3, generator=g) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor(
+        [0.0, 5.0, -1.0]
+    )
+    table = torch.cat([used, torch.zeros(2000, 3)])
+    drawn = random_vectors(table, 20_000, g)
+    torch.testing.assert_close(drawn.mean(dim=0), used.mean(dim=0), atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.std(dim=0), used.std(dim=0), atol=0.05, rtol=0)

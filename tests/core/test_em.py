@@ -1,0 +1,292 @@
+"""The EM loop on the demo model: what moves, what stays, and that a stop changes nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from em_core.concept_set import ConceptSet, conclude
+from em_core.concepts import ConceptPrompt
+from em_core.diffusers_host import DiffusersHost
+from em_core.e_step import average_rounds, gather
+from em_core.em import attention_masks, initialise, learn, resume
+from em_core.errors import TrainingError, UserError
+from em_core.estimate import average_maps, map_side, mask_layers
+from em_core.examples import Example
+from em_core.m_step import draw, draw_subset, forward_backward, m_step
+from em_core.presets import literal
+from em_core.problem import Problem, prepare
+from em_core.runner import run
+from em_core.settings import EMSettings, JointSettings
+from em_core.state import RunState
+
+JOINT = JointSettings(steps=4, learning_rate=1e-3)
+
+
+def finish(problem: Problem) -> tuple[RunState, ConceptSet]:
+    state = initialise(problem)
+    assert run(problem, state)
+    return state, conclude(problem, state)
+
+
+def same(a: ConceptSet, b: ConceptSet) -> bool:
+    """Tokens, weights, masks and curves equal bit for bit."""
+    tensors = [
+        [v for of in c.vectors.values() for v in of.values()]
+        + [c.weights[n] for n in sorted(c.weights)]
+        + [m for of in c.masks for m in of.values()]
+        for c in (a, b)
+    ]
+    equal = all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    return equal and a.curves == b.curves and sorted(a.weights) == sorted(b.weights)
+
+
+def test_em_learns_and_beats_its_start(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    """Over 80 steps the masked loss of the learned tokens falls below that of the start tokens."""
+    problem = prepare(host, [example], replace(short, steps=80, e_step_every=20))
+    state = initialise(problem)
+    start = {c: {e: v.detach().clone() for e, v in of.items()} for c, of in state.vectors.items()}
+    run(problem, state)
+
+    def loss_of(vectors) -> float:
+        fresh = replace_vectors(state, vectors)
+        fresh.generator.manual_seed(11)
+        with torch.no_grad():
+            pass
+        return sum(float(forward_backward(problem, fresh)[1]["diffusion"].detach()) for _ in range(40))
+
+    learned = {c: {e: v.detach().clone() for e, v in of.items()} for c, of in state.vectors.items()}
+    assert loss_of(learned) < 0.98 * loss_of(start)
+
+
+def replace_vectors(state: RunState, vectors) -> RunState:
+    with torch.no_grad():
+        for c, of in vectors.items():
+            for e, v in of.items():
+                state.vectors[c][e].copy_(v)
+    return state
+
+
+@pytest.mark.parametrize("mode", ["em", "fixed", "given", "none"])
+def test_what_each_mode_moves(
+    host: DiffusersHost, example: Example, short: EMSettings, mode: str
+) -> None:
+    if mode == "given":
+        example = replace(example, masks=example.truth)
+    before = host.identity().sample.clone()
+    problem = prepare(host, [example], replace(short, mode=mode))
+    state = initialise(problem)
+    vectors = {c: of["clip_l"].detach().clone() for c, of in state.vectors.items()}
+    labels = state.pictures[0].labels.clone()
+    events = list(learn(problem, state))
+    assert torch.equal(host.identity().sample, before)
+    assert [e.step for e in events] == list(range(short.steps + 1))
+    assert all(not torch.equal(vectors[c], of["clip_l"]) for c, of in state.vectors.items())
+    e_steps = [e.step for e in events if e.masks and e.step]
+    assert e_steps == ([4, 8, 12] if mode == "em" else [])
+    if mode != "em":
+        assert torch.equal(state.pictures[0].labels, labels)
+    if mode == "given":
+        truth = torch.stack([example.truth[n] for n in problem.pictures[0].names])
+        assert torch.equal(labels, truth) and events[0].iou == {"rex": 1.0, "doll": 1.0}
+    if mode == "none":
+        assert labels.all() and not any(e.masks for e in events)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "cross_attention", "full"])
+def test_a_stopped_run_goes_on_as_if_it_never_stopped(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path, kind: str
+) -> None:
+    problem = prepare(host, [example], short, replace(JOINT, kind=kind))
+    sample = host.identity().sample.clone()
+    _, whole = finish(problem)
+    last = short.steps + (0 if kind == "none" else JOINT.steps)
+    for cut in {1, 4, 6, last - 1}:
+        state, seen = initialise(problem), iter(range(1000))
+        file = tmp_path / f"{cut}.safetensors"
+        assert not run(problem, state, state_file=file, stop=lambda seen=seen, cut=cut: next(seen) == cut)
+        again = resume(problem, file)
+        assert run(problem, again)
+        assert same(conclude(problem, again), whole), f"cut at {cut}"
+        assert torch.equal(host.identity().sample, sample)
+
+
+def test_same_seed_same_result_other_seed_another(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    short = replace(short, steps=4)
+    results = [finish(prepare(host, [example], replace(short, seed=s)))[1] for s in (1, 1, 2)]
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+def test_a_state_belongs_to_its_run(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path
+) -> None:
+    problem = prepare(host, [example], short)
+    initialise(problem).to_file(tmp_path / "s.safetensors")
+    other = prepare(host, [example], replace(short, learning_rate=1e-3))
+    with pytest.raises(UserError, match="belongs to a run with other"):
+        resume(other, tmp_path / "s.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops_and_changes_nothing(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path, monkeypatch
+) -> None:
+    problem = prepare(host, [example], short)
+    state, file = initialise(problem), tmp_path / "s.safetensors"
+    events = learn(problem, state)
+    for _ in range(4):
+        next(events)
+    held = {c: of["clip_l"].detach().clone() for c, of in state.vectors.items()}
+    honest = host.predict_noise
+    monkeypatch.setattr(host, "predict_noise", lambda *a: honest(*a) * float("nan"))
+    with pytest.raises(TrainingError, match="not finite at step 4"):
+        run(problem, state, state_file=file)
+    assert all(torch.equal(held[c], of["clip_l"]) for c, of in state.vectors.items())
+    monkeypatch.undo()
+    again = resume(problem, file)
+    assert again.step == 3
+    assert all(torch.equal(held[c], of["clip_l"]) for c, of in again.vectors.items())
+
+
+def test_several_pictures_share_a_concept(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    other = Example(example.picture.flip(-1), ConceptPrompt.parse("<doll> on grass"))
+    problem = prepare(host, [example, other], short)
+    state, concepts = finish(problem)
+    assert [set(of) for of in concepts.masks] == [{"rex", "doll"}, {"doll"}]
+    assert set(concepts.vectors) == {"rex", "doll"}
+
+
+def test_non_square_pictures(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    wide = replace(example, picture=example.picture[:, :40], truth={})
+    problem = prepare(host, [wide], replace(short, steps=4))
+    state, concepts = finish(problem)
+    assert problem.pictures[0].size == (48, 80)
+    assert concepts.masks[0]["rex"].shape == (48, 80)
+    assert state.pictures[0].maps.shape == (2, 12, 20)
+
+
+def test_several_vectors_per_concept(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    problem = prepare(host, [example], replace(short, steps=4, vectors=3))
+    state, _ = finish(problem)
+    conditioning = host.encode_prompts([example.prompt], state.vectors)
+    assert [len(p) for p in conditioning.columns[0].values()] == [3, 3]
+    assert state.vectors["rex"]["clip_l"].shape == (3, 64)
+
+
+def test_free_statistics_are_the_maps_of_the_m_step(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """`gather` adds exactly the recorded maps of samples in range, for concepts in their prompts."""
+    problem = prepare(host, [example], replace(short, batch=6, union_sampling=True))
+    state = initialise(problem)
+    drawn, _, maps = m_step(problem, state)
+    gather(problem, state, drawn, maps)
+    layers = mask_layers(host.layers, (16, 16), problem.settings.masks.all_layers)
+    low, high = (1000 * x for x in problem.settings.masks.timesteps)
+    expected, count = torch.zeros(2, 16, 16), torch.zeros(2)
+    for b, subset in enumerate(drawn.subsets):
+        for k, name in enumerate(("rex", "doll")):
+            if name in subset and low <= int(drawn.t[b]) < high:
+                expected[k] += sum(maps[layer][b, k].detach() for layer in layers) / len(layers)
+                count[k] += 1
+    torch.testing.assert_close(state.pictures[0].pending, expected)
+    assert torch.equal(state.pictures[0].pending_count, count)
+
+
+def test_rounds_average_as_stochastic_approximation(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """Step sizes 1/k make the running value the plain mean of all rounds, the start being round 1."""
+    picture = initialise(prepare(host, [example], short)).pictures[0]
+    rounds = [picture.maps, *(torch.rand(2, 16, 16) for _ in range(4))]
+    for latest in rounds[1:]:
+        picture = replace(picture, maps=average_rounds(picture, latest, short), rounds=picture.rounds + 1)
+    torch.testing.assert_close(picture.maps, torch.stack(rounds).mean(dim=0))
+    latest_only = replace(short, averaging="latest")
+    assert average_rounds(picture, rounds[2], latest_only) is rounds[2]
+
+
+def test_average_maps_does_not_depend_on_the_batch(host: DiffusersHost, example: Example, short) -> None:
+    problem = prepare(host, [example], short)
+    prepared, state = problem.pictures[0], initialise(problem)
+    conditioning = host.encode_prompts([example.prompt], state.vectors)
+    assert map_side(prepared.latent_size, host.layers) == (16, 16)
+    once = [
+        average_maps(
+            host, prepared.Z0, conditioning, prepared.names, 1, short.masks,
+            torch.Generator().manual_seed(s), batch=1,
+        )
+        for s in (0, 0)
+    ]  # fmt: skip
+    assert torch.equal(*once)
+
+
+def test_literal_loop_estimates_after_every_step(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    problem = prepare(host, [example], literal(replace(short, steps=3)))
+    events = list(learn(problem, initialise(problem)))
+    assert [e.masks for e in events] == [True, True, True, True]
+
+
+def test_union_sampling_draws_every_ordered_subset(short: EMSettings) -> None:
+    g = torch.Generator().manual_seed(0)
+    sampled = replace(short, union_sampling=True)
+    drawn = {draw_subset(("a", "b", "c"), sampled, g) for _ in range(400)}
+    assert len(drawn) == 3 + 6 + 6
+    assert draw_subset(("a", "b", "c"), replace(short, union_sampling=False), g) == ("a", "b", "c")
+
+
+def test_early_stop(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    """With a threshold that every change passes, the run ends after `patience` E-steps."""
+    problem = prepare(host, [example], replace(short, patience=2, settled=1.1))
+    assert len(list(learn(problem, initialise(problem)))) == 1 + 8
+
+
+def test_flipped_samples_see_the_mirrored_picture(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    problem = prepare(host, [example], replace(short, flip=True))
+    state, prepared = initialise(problem), problem.pictures[0]
+    mirrored = host.encode_image(example.picture.flip(-1)[None] * 2 - 1)
+    seen = {drawn.flipped: drawn.Z0[:1] for drawn in (draw(problem, state) for _ in range(20))}
+    assert torch.equal(seen[True], mirrored) and torch.equal(seen[False], prepared.Z0)
+
+
+def test_gradient_of_the_vectors_by_finite_differences(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """The whole path vectors -> text encoder -> UNet -> both losses, along a random direction."""
+    problem = prepare(host, [example], replace(short, union_sampling=False))
+    state = initialise(problem)
+    v = state.vectors["rex"]["clip_l"]
+    rng = state.generator.get_state()
+
+    def loss() -> float:
+        state.generator.set_state(rng)
+        state.optimizer.zero_grad()
+        return float(forward_backward(problem, state)[1]["total"].detach())
+
+    loss()
+    gradient = v.grad.clone()
+    direction = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
+    step = 3e-2 * v.detach().norm() / direction.norm() * direction
+    with torch.no_grad():
+        v.add_(step)
+        high = loss()
+        v.sub_(2 * step)
+        low = loss()
+    assert high - low == pytest.approx(float(2 * (gradient * step).sum()), rel=0.1, abs=2e-5)
+
+
+def test_masks_of_given_vectors(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    """Reading masks changes neither vectors nor model, and is a function of the generator's seed."""
+    problem = prepare(host, [example], short)
+    state = initialise(problem)
+    read = [
+        attention_masks(problem, problem.pictures[0], state.vectors, 10, torch.Generator().manual_seed(1))
+        for _ in range(2)
+    ]
+    assert torch.equal(read[0][0], read[1][0]) and torch.equal(read[0][1].masks, read[1][1].masks)

@@ -1,0 +1,87 @@
+"""Files: whole or not at all, and nothing that is not what it claims to be."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from em_core.errors import UserError
+from em_core.files import read_tensors, write_aside, write_json, write_tensors
+
+TENSORS = {"a": torch.arange(6).reshape(2, 3), "b/c": torch.tensor(1.5)}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "x.safetensors"
+    write_tensors(file, TENSORS, "kind 1", {"name": "rex", "n": [1, 2]})
+    tensors, plain = read_tensors(file, "kind 1")
+    assert plain == {"name": "rex", "n": [1, 2]}
+    assert all(torch.equal(tensors[name], x) for name, x in TENSORS.items()) and len(tensors) == 2
+    assert [p.name for p in file.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_text("before")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_aside(file, fail)
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="Could not write"):
+        write_json(tmp_path / "out" / "x.json", {})
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 4)
+
+
+def make_pickle(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"a": 1}))
+
+
+def make_other_kind(file: Path) -> None:
+    write_tensors(file, TENSORS, "kind 2", {})
+
+
+def make_foreign(file: Path) -> None:
+    save_file({"a": torch.zeros(1)}, file)
+
+
+def make_nan(file: Path) -> None:
+    write_tensors(file, {"a": torch.tensor([1.0, float("nan")])}, "kind 1", {})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (truncate, "no whole safetensors file"),
+        (make_pickle, "no whole safetensors file"),
+        (make_other_kind, "is a kind 2 file"),
+        (make_foreign, "some other safetensors file"),
+        (make_nan, "not finite in a"),
+        (Path.unlink, "No file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, spoil, says: str) -> None:
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, TENSORS, "kind 1", {})
+    spoil(file)
+    with pytest.raises(UserError, match=says):
+        read_tensors(file, "kind 1")

@@ -1,0 +1,114 @@
+"""Thresholds, competition, guards and resizing, against brute force and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from em_core.masks import (
+    Guards,
+    binarise,
+    compete,
+    fill_holes,
+    iou,
+    min_max,
+    otsu,
+    resize_masks,
+    threshold_maps,
+    union,
+)
+
+
+def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_min_max() -> None:
+    maps = min_max(random_maps(3, 5, 7) * 4 - 2)
+    torch.testing.assert_close(maps.amin(dim=(-2, -1)), torch.zeros(3))
+    torch.testing.assert_close(maps.amax(dim=(-2, -1)), torch.ones(3))
+    assert torch.equal(min_max(torch.full((1, 2, 2), 0.3)), torch.zeros(1, 2, 2))
+
+
+def otsu_by_definition(values: np.ndarray, bins: int) -> float:
+    candidates = np.linspace(0, 1, bins + 1)[1:-1]
+
+    def between(t: float) -> float:
+        low, high = values[values <= t], values[values > t]
+        if len(low) == 0 or len(high) == 0:
+            return 0.0
+        return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+
+    return max(candidates, key=between)
+
+
+@pytest.mark.parametrize("bins", [10, 64])
+def test_otsu_is_the_best_split(bins: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    low, high = torch.rand(40, generator=g) * 0.3, 0.6 + torch.rand(24, generator=g) * 0.4
+    maps = torch.cat([low, high]).reshape(1, 8, 8)
+    assert float(otsu(maps, bins)) == pytest.approx(
+        otsu_by_definition(maps.double().numpy().ravel(), bins)
+    )
+    assert threshold_maps(maps, "otsu").sum() == 24
+
+
+def test_competition_gives_each_pixel_one_owner() -> None:
+    maps = random_maps(4, 9, 9)
+    owner = compete(maps)
+    assert torch.equal(owner.sum(dim=0), torch.ones(9, 9, dtype=torch.long))
+    assert torch.equal(owner.int().argmax(dim=0), maps.argmax(dim=0))
+
+
+def test_a_pixel_under_every_threshold_belongs_to_nobody() -> None:
+    maps = torch.tensor([[[0.9, 0.5, 0.1]], [[0.6, 0.7, 0.2]]])
+    assert binarise(maps, 0.4).tolist() == [[[True, False, False]], [[False, True, False]]]
+    assert binarise(maps, 0.4, competition=False).tolist() == [
+        [[True, True, False]],
+        [[True, True, False]],
+    ]
+
+
+def test_fill_holes_equals_scipy() -> None:
+    masks = random_maps(6, 24, 31, seed=3) > 0.4
+    expected = np.stack([ndimage.binary_fill_holes(m) for m in masks.numpy()])
+    assert np.array_equal(fill_holes(masks).numpy(), expected)
+
+
+def test_iou_by_sets() -> None:
+    a, b = random_maps(5, 6, 6, seed=1) > 0.5, random_maps(5, 6, 6, seed=2) > 0.5
+    for x, y, value in zip(a, b, iou(a, b), strict=True):
+        p, q = {tuple(i) for i in x.nonzero().tolist()}, {tuple(i) for i in y.nonzero().tolist()}
+        assert float(value) == pytest.approx(len(p & q) / len(p | q))
+    empty = torch.zeros(1, 3, 3, dtype=torch.bool)
+    assert float(iou(empty, empty)) == 1.0
+
+
+def test_guards() -> None:
+    guards = Guards(min_agreement=0.5, min_area=0.05, max_area=0.9)
+    good = torch.zeros(10, 10, dtype=torch.bool)
+    good[2:6, 2:6] = True
+    tiny, all_of_it, elsewhere = (
+        torch.zeros_like(good),
+        torch.ones_like(good),
+        torch.zeros_like(good),
+    )
+    tiny[0, 0] = True
+    elsewhere[6:, 6:] = True
+    refined = torch.stack([good, tiny, all_of_it, elsewhere])
+    thresholded = torch.stack([good, tiny, all_of_it, good])
+    assert guards.accept(refined, thresholded).tolist() == [True, False, False, False]
+
+
+def test_resizing_keeps_the_area() -> None:
+    masks = (random_maps(2, 32, 48) > 0.5).float()
+    small = resize_masks(masks, (8, 12))
+    torch.testing.assert_close(small.mean(dim=(-2, -1)), masks.mean(dim=(-2, -1)))
+    blocks = masks.reshape(2, 8, 4, 12, 4).mean(dim=(2, 4))
+    torch.testing.assert_close(small, blocks)
+    assert torch.equal(resize_masks(masks, (8, 12), soft=False), (blocks > 0.5).float())
+
+
+def test_union_is_the_maximum() -> None:
+    masks = random_maps(2, 3, 4, 4)
+    assert torch.equal(union(masks)[:, 0], masks.max(dim=1).values)

@@ -1,0 +1,109 @@
+"""Pictures from disk, with every quirk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from em_core.errors import UserError
+from em_core.examples import fitted_size
+from em_core.pictures import outline, overlay, read_mask, read_picture, save_mask, sheet, to_image
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+
+
+def test_rgb_round_trip(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    picture = read_picture(tmp_path / "x.png")
+    assert picture.shape == (3, 12, 9)
+    assert np.array_equal(np.asarray(to_image(picture)), RGB)
+
+
+def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+    alpha = np.full((12, 9, 1), 255, np.uint8)
+    alpha[:6] = 0
+    Image.fromarray(np.concatenate([RGB, alpha], axis=2)).save(tmp_path / "x.png")
+    picture = read_picture(tmp_path / "x.png")
+    assert torch.equal(picture[:, :6], torch.ones(3, 6, 9))
+    assert np.array_equal(np.asarray(to_image(picture))[6:], RGB[6:])
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    picture = read_picture(tmp_path / "x.png")
+    expected = torch.from_numpy(grey.astype(np.float32) / 65535)
+    torch.testing.assert_close(picture, expected.expand(3, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
+def test_other_modes(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.fromarray(RGB).convert(mode).save(file)
+    picture = read_picture(file)
+    assert picture.shape == (3, 12, 9) and float(picture.min()) >= 0 and float(picture.max()) <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "1"])
+def test_masks_read_their_first_channel(tmp_path: Path, mode: str) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:5, 3:] = 255
+    if mode == "I;16":
+        image = Image.fromarray(mask.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(mask).convert(mode)
+    image.save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), mask > 127)
+
+
+def test_masks_are_written_at_the_pictures_size(tmp_path: Path) -> None:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:6, 2:6] = True
+    save_mask(tmp_path / "m.png", mask, (32, 16))
+    again = read_mask(tmp_path / "m.png")
+    assert again.shape == (32, 16)
+    assert set(np.asarray(Image.open(tmp_path / "m.png")).ravel().tolist()) == {0, 255}
+    assert float(again.float().mean()) == pytest.approx(float(mask.float().mean()), abs=0.03)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])
+def test_what_is_no_picture(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match="no picture that can be read"):
+        read_picture(tmp_path / "x.png")
+
+
+def test_a_truncated_picture(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / "x.png"
+    )
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="no picture that can be read"):
+        read_picture(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 64), (64, 64)), ((400, 100), (128, 32)), ((10, 1000), (8, 640))]
+)
+def test_fitted_size(size: tuple, expected: tuple) -> None:
+    assert fitted_size(*size, side=64, multiple=8) == expected
+
+
+def test_outline_is_the_inner_border() -> None:
+    mask = torch.zeros(7, 7, dtype=torch.bool)
+    mask[1:6, 1:6] = True
+    ring = mask.clone()
+    ring[2:5, 2:5] = False
+    assert torch.equal(outline(mask), ring)
+
+
+def test_overlay_and_sheet_have_the_expected_size() -> None:
+    picture, masks = torch.rand(3, 10, 12), torch.zeros(1, 10, 12, dtype=torch.bool)
+    masks[0, 2:5, 2:5] = True
+    drawn = overlay(picture, masks, scale=3)
+    assert drawn.size == (36, 30)
+    grid = sheet({"one": [drawn, drawn], "two": [drawn]}, ["a", "b"], side=50)
+    assert grid.height == 22 + 2 * 54
