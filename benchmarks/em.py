@@ -41,6 +41,7 @@ def arms(settings: EMSettings) -> dict[str, EMSettings]:
     return {
         "em": settings,
         "fixed": replace(settings, mode="fixed"),
+        "fixed_literal": replace(literal(settings), mode="fixed", steps=1),
         "em_literal": literal(settings),
         "em_no_crf": replace(settings, masks=replace(masks, crf=None)),
         "em_no_attention_loss": replace(settings, attention_weight=0.0),

@@ -5,14 +5,16 @@ as they pass. Only the columns of the concepts are kept, averaged over heads; th
 itself is computed elsewhere, by whatever kernel the host uses.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 AttentionMaps = dict[str, Tensor]
 
@@ -96,33 +98,62 @@ class AttentionRecorder:
         q: Float[Tensor, "b q c"],
         k: Float[Tensor, "b t c"],
         heads: int,
-        scale: float | None = None,
     ) -> None:
-        """Keep softmax(q k^T * scale) of the selected columns, averaged over heads.
+        """Keep softmax(q k^T / sqrt(d_head)) of the selected columns, averaged over heads.
 
-        The softmax runs in float32 whatever the weights' type; `scale` is d_head^-1/2 unless given.
+        The softmax runs in float32 whatever the weights' type.
         """
         if not self.wants(layer):
             return
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            self.maps[layer] = column_probabilities(
-                q, k, self.select, heads, self.latent_size, scale
-            )
+            self.maps[layer] = column_probabilities(q, k, self.select, heads, self.latent_size)
+
+
+@contextmanager
+def listening(
+    recorder: AttentionRecorder, projections: Mapping[str, tuple[nn.Module, nn.Module, int]]
+) -> Iterator[AttentionRecorder]:
+    """Let `recorder` see the queries and keys of cross-attention layers while the context is open.
+
+    `projections` gives each layer's modules of queries and of keys, and its number of heads. Their
+    outputs are listened to, so attention kernels, processors and LoRAs stay as they are, and no
+    projection is computed twice. All hooks are gone afterwards, also after an exception.
+    """
+    queries: dict[str, Tensor] = {}
+
+    def on_query(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        queries[name] = output
+
+    def on_key(name: str, heads: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        recorder.record(name, queries.pop(name), output, heads)
+
+    handles = []
+    try:
+        for name, (to_q, to_k, heads) in projections.items():
+            if recorder.wants(name):
+                handles.append(to_q.register_forward_hook(partial(on_query, name)))
+                handles.append(to_k.register_forward_hook(partial(on_key, name, heads)))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def column_probabilities(
     q: Float[Tensor, "b q c"],
     k: Float[Tensor, "b t c"],
-    select: Float[Tensor, "b k t"],
+    select: Float[Tensor, "_b k _t"],
     heads: int,
     latent_size: tuple[int, int],
-    scale: float | None = None,
 ) -> Float[Tensor, "b k h w"]:
     """Cross-attention probabilities of the selected columns, averaged over heads (VCD Eq. 2)."""
     q = rearrange(q, "b q (heads d) -> b heads q d", heads=heads)
     k = rearrange(k, "b t (heads d) -> b heads t d", heads=heads)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = einsum(q.float() * scale, k.float(), "b heads q d, b heads t d -> b heads q t")
+    logits = einsum(
+        q.float() * q.shape[-1] ** -0.5, k.float(), "b heads q d, b heads t d -> b heads q t"
+    )
+    # A patch may append tokens of its own to the text's: they take part in the softmax alone.
+    select = F.pad(select, (0, logits.shape[-1] - select.shape[-1]))
     weights = repeat_batch(select, q.shape[0]) / heads
     maps = einsum(logits.softmax(dim=-1), weights, "b heads q t, b k t -> b k q")
     height, width = map_size(q.shape[2], latent_size)

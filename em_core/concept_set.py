@@ -45,7 +45,7 @@ class ConceptSet:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     lora_scale: float = 1.0
     prompts: tuple[str, ...] = ()
-    masks: tuple[Mapping[str, Bool[Tensor, "H W"]], ...] = ()
+    masks: tuple[Mapping[str, Bool[Tensor, "_ _"]], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
 

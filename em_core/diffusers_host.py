@@ -9,15 +9,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .attention import AttentionRecorder, CrossAttentionLayer
+from .attention import AttentionRecorder, CrossAttentionLayer, listening
 from .concepts import ConceptPrompt, ConceptVectors
 from .diffusion import Conditioning, ModelIdentity, NoiseSchedule
 from .errors import UserError
@@ -35,32 +35,10 @@ def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
-    """Let `recorder` see the queries and keys of the UNet's cross-attention while the context is open.
-
-    Listens to the outputs of `to_q` and `to_k`, so any attention processor and any LoRA on them
-    stay as they are. All hooks are gone afterwards, also after an exception.
-    """
-    queries: dict[str, Tensor] = {}
-
-    def on_query(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        queries[name] = output
-
-    def on_key(
-        name: str, heads: int, scale: float, module: nn.Module, args: tuple, output: Tensor
-    ) -> None:
-        recorder.record(name, queries.pop(name), output, heads, scale)
-
-    handles = []
-    try:
-        for name, attention in cross_attention_modules(unet).items():
-            if recorder.wants(name):
-                handles.append(attention.to_q.register_forward_hook(partial(on_query, name)))
-                hook = partial(on_key, name, attention.heads, attention.scale)
-                handles.append(attention.to_k.register_forward_hook(hook))
+    """Let `recorder` see a diffusers UNet's cross-attention while the context is open."""
+    modules = cross_attention_modules(unet)
+    with listening(recorder, {n: (m.to_q, m.to_k, m.heads) for n, m in modules.items()}):
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def describe_layers(unet: Any) -> tuple[CrossAttentionLayer, ...]:
@@ -76,7 +54,7 @@ def describe_layers(unet: Any) -> tuple[CrossAttentionLayer, ...]:
     return tuple(sorted(layers, key=lambda layer: order[layer.stage]))
 
 
-def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(path: Path) -> Any:
     """A Stable Diffusion pipeline from a folder or one .safetensors file, never from the network.
 
     Raises:
@@ -88,11 +66,7 @@ def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise UserError(
             'This needs diffusers. Install it with: pip install "visual-concepts[diffusers]"'
         ) from error
-    options: dict[str, Any] = {
-        "torch_dtype": dtype,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         if path.is_dir():
             return StableDiffusionPipeline.from_pretrained(
@@ -100,7 +74,7 @@ def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Any:
             )
         if path.suffix == ".safetensors" and path.is_file():
             return StableDiffusionPipeline.from_single_file(str(path), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"Could not load a Stable Diffusion 1.x or 2.x model from {path}: {error}. "
             "Expected a diffusers pipeline folder with safetensors weights, or one .safetensors checkpoint."
@@ -124,12 +98,13 @@ class DiffusersHost:
         pipeline: Any,
         device: torch.device | str = "cpu",
         known_words: frozenset[str] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.pipeline, self.known_words = pipeline, known_words
         self.device = torch.device(device)
         self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
         for module in (self.unet, self.vae, self.text_encoder):
-            module.to(self.device).eval().requires_grad_(False)
+            module.to(self.device, dtype).eval().requires_grad_(False)
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
         self.schedule = NoiseSchedule(
@@ -141,13 +116,15 @@ class DiffusersHost:
         self.image_multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> "DiffusersHost":
+    def load(
+        cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "DiffusersHost":
         """Load a model; a `words.json` beside it lists the only words that it knows."""
         words = path / "words.json"
         known = (
             frozenset(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
         )
-        return cls(load_pipeline(path), device, known)
+        return cls(load_pipeline(path), device, known, dtype)
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:

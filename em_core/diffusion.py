@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -98,6 +98,7 @@ class ModelIdentity:
     sample: Float[Tensor, " s"]
 
 
+@runtime_checkable
 class DiffusionModel(Protocol):
     """A text-to-image latent diffusion model, as a host presents it."""
 

@@ -12,7 +12,7 @@ from .concepts import ConceptPrompt
 from .errors import UserError
 
 Picture = Float[Tensor, "3 H W"]
-NamedMasks = Mapping[str, Bool[Tensor, "H W"]]
+NamedMasks = Mapping[str, Bool[Tensor, "_ _"]]
 
 
 @dataclass(frozen=True)

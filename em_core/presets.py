@@ -17,7 +17,7 @@ def em_settings(family: str) -> EMSettings:
         learning_rate=0.02,
         batch=4,
         attention_weight=0.2,
-        masks=MaskSettings(crf=DEMO),
+        masks=MaskSettings(threshold=0.2, crf=replace(DEMO, bilateral_theta_rgb=6.0)),
     )
 
 
@@ -29,8 +29,13 @@ def joint_settings(family: str) -> JointSettings:
 
 
 def literal(settings: EMSettings) -> EMSettings:
-    """VCD to the letter: masks again after every step, from the updated tokens and one new timestep."""
-    masks = replace(settings.masks, timesteps=(0.0, 1.0), soft=False, all_layers=True)
+    """VCD to the letter: all timesteps and layers, masks again after every step, from one new timestep.
+
+    The threshold, which VCD leaves open, is 0.4 as in DAAM.
+    """
+    masks = replace(
+        settings.masks, timesteps=(0.0, 1.0), soft=False, all_layers=True, threshold=0.4
+    )
     return replace(
         settings, e_step_every=1, refresh=1, free_statistics=False, averaging="latest", masks=masks
     )

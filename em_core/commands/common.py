@@ -26,7 +26,22 @@ def add_model(parser: ArgumentParser) -> None:
 
 def load_host(model: str, device: str = "cpu") -> DiffusersHost:
     """The model that `--model` names."""
+    quiet_libraries()
     return DiffusersHost.load(model_path() if model == "demo" else Path(model), device)
+
+
+def quiet_libraries() -> None:
+    """No loading bars and no notes on optional packages: the commands show their own progress."""
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
+    except ImportError:
+        return  # loading the model says what is missing
 
 
 def read_masks(folder: Path, names: Sequence[str], *, all_needed: bool) -> NamedMasks:

@@ -122,7 +122,11 @@ def save_mode(mode: str):
     def save(file: Path) -> None:
         pixels = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        image = (
+            Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+            if mode == "I;16"
+            else image.convert(mode)
+        )
         image.save(file)
 
     return save
@@ -131,7 +135,10 @@ def save_mode(mode: str):
 @pytest.mark.parametrize(("make", "says"), [(one_pixel, "at least 8x8"), (no_image, "no picture")])
 def test_bad_images(tmp_path: Path, capsys, make, says: str) -> None:
     image, out = spoil_image(tmp_path, make), tmp_path / "out"
-    assert main(["learn", "--image", str(image), "--prompt", PROMPT, "--out", str(out), "--quiet"]) == 2
+    assert (
+        main(["learn", "--image", str(image), "--prompt", PROMPT, "--out", str(out), "--quiet"])
+        == 2
+    )
     assert says in capsys.readouterr().err
     assert not list(out.iterdir())
 

@@ -42,7 +42,9 @@ def same(a: ConceptSet, b: ConceptSet) -> bool:
     return equal and a.curves == b.curves and sorted(a.weights) == sorted(b.weights)
 
 
-def test_em_learns_and_beats_its_start(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+def test_em_learns_and_beats_its_start(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
     """Over 80 steps the masked loss of the learned tokens falls below that of the start tokens."""
     problem = prepare(host, [example], replace(short, steps=80, e_step_every=20))
     state = initialise(problem)
@@ -54,7 +56,9 @@ def test_em_learns_and_beats_its_start(host: DiffusersHost, example: Example, sh
         fresh.generator.manual_seed(11)
         with torch.no_grad():
             pass
-        return sum(float(forward_backward(problem, fresh)[1]["diffusion"].detach()) for _ in range(40))
+        return sum(
+            float(forward_backward(problem, fresh)[1]["diffusion"].detach()) for _ in range(40)
+        )
 
     learned = {c: {e: v.detach().clone() for e, v in of.items()} for c, of in state.vectors.items()}
     assert loss_of(learned) < 0.98 * loss_of(start)
@@ -105,7 +109,9 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(
     for cut in {1, 4, 6, last - 1}:
         state, seen = initialise(problem), iter(range(1000))
         file = tmp_path / f"{cut}.safetensors"
-        assert not run(problem, state, state_file=file, stop=lambda seen=seen, cut=cut: next(seen) == cut)
+        assert not run(
+            problem, state, state_file=file, stop=lambda seen=seen, cut=cut: next(seen) == cut
+        )
         again = resume(problem, file)
         assert run(problem, again)
         assert same(conclude(problem, again), whole), f"cut at {cut}"
@@ -150,10 +156,12 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(
     assert all(torch.equal(held[c], of["clip_l"]) for c, of in again.vectors.items())
 
 
-def test_several_pictures_share_a_concept(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+def test_several_pictures_share_a_concept(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
     other = Example(example.picture.flip(-1), ConceptPrompt.parse("<doll> on grass"))
     problem = prepare(host, [example, other], short)
-    state, concepts = finish(problem)
+    _, concepts = finish(problem)
     assert [set(of) for of in concepts.masks] == [{"rex", "doll"}, {"doll"}]
     assert set(concepts.vectors) == {"rex", "doll"}
 
@@ -167,7 +175,9 @@ def test_non_square_pictures(host: DiffusersHost, example: Example, short: EMSet
     assert state.pictures[0].maps.shape == (2, 12, 20)
 
 
-def test_several_vectors_per_concept(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+def test_several_vectors_per_concept(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
     problem = prepare(host, [example], replace(short, steps=4, vectors=3))
     state, _ = finish(problem)
     conditioning = host.encode_prompts([example.prompt], state.vectors)
@@ -202,13 +212,17 @@ def test_rounds_average_as_stochastic_approximation(
     picture = initialise(prepare(host, [example], short)).pictures[0]
     rounds = [picture.maps, *(torch.rand(2, 16, 16) for _ in range(4))]
     for latest in rounds[1:]:
-        picture = replace(picture, maps=average_rounds(picture, latest, short), rounds=picture.rounds + 1)
+        picture = replace(
+            picture, maps=average_rounds(picture, latest, short), rounds=picture.rounds + 1
+        )
     torch.testing.assert_close(picture.maps, torch.stack(rounds).mean(dim=0))
     latest_only = replace(short, averaging="latest")
     assert average_rounds(picture, rounds[2], latest_only) is rounds[2]
 
 
-def test_average_maps_does_not_depend_on_the_batch(host: DiffusersHost, example: Example, short) -> None:
+def test_average_maps_does_not_depend_on_the_batch(
+    host: DiffusersHost, example: Example, short
+) -> None:
     problem = prepare(host, [example], short)
     prepared, state = problem.pictures[0], initialise(problem)
     conditioning = host.encode_prompts([example.prompt], state.vectors)
@@ -286,7 +300,9 @@ def test_masks_of_given_vectors(host: DiffusersHost, example: Example, short: EM
     problem = prepare(host, [example], short)
     state = initialise(problem)
     read = [
-        attention_masks(problem, problem.pictures[0], state.vectors, 10, torch.Generator().manual_seed(1))
+        attention_masks(
+            problem, problem.pictures[0], state.vectors, 10, torch.Generator().manual_seed(1)
+        )
         for _ in range(2)
     ]
     assert torch.equal(read[0][0], read[1][0]) and torch.equal(read[0][1].masks, read[1][1].masks)

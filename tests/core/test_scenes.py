@@ -17,7 +17,8 @@ from em_core.demo.scenes import (
 
 def test_training_scenes_repeat_bit_for_bit():
     first, second = (
-        [training_scene(rng) for _ in range(5)] for rng in (training_generator(3), training_generator(3))
+        [training_scene(rng) for _ in range(5)]
+        for rng in (training_generator(3), training_generator(3))
     )
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.image, b.image)
@@ -77,7 +78,7 @@ def test_most_of_a_mask_differs_from_the_background():
 
 
 def test_a_square_covers_the_area_that_geometry_says():
-    square = scenes.SceneObject("square", "red", "plain", 32, 32, 15, 0.0, 0.0, (0, 0), (0, 0, 0))
+    square = scenes.SceneObject("square", "red", "plain", 32.0, 32.0, 15.0, 0.0, 0.0, (0.0, 0.0), (0, 0, 0))
     mask = render((square,), np.zeros((64, 64, 3), dtype=np.float32))[1][0]
     assert mask.sum() == pytest.approx((2 * 0.86 * 15) ** 2, rel=0.06)
 
@@ -175,7 +176,9 @@ def test_objects_that_captions_do_not_tell_apart_are_named_left_to_right():
     twins = [("star", "red", "plain"), ("star", "red", "plain")]
     made = [captions.random_caption(twins, "sand", rng) for _ in range(400)]
     for each in made:
-        phrases = each.text.replace("a photo of ", "").split(" on ")[0].split(" in ")[0].split(" and ")
+        phrases = (
+            each.text.replace("a photo of ", "").split(" on ")[0].split(" in ")[0].split(" and ")
+        )
         if each.words and len(set(phrases)) == 1:
             assert each.meant == (0, 1)
 

@@ -1,0 +1,76 @@
+"""The price of the E-step: time of an EM run over a plain token run of as many steps.
+
+    python benchmarks/em_cost.py --rounds 7
+
+Runs are interleaved and compared as ratios within a round, so a machine whose speed drifts does no
+harm. "Plain" is mode `none`: the diffusion loss on the tokens, no masks and no attention recorded.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from em_core.commands.common import load_host
+from em_core.commands.demo import example_of
+from em_core.demo.scenes import concept_scene
+from em_core.em import initialise
+from em_core.presets import em_settings
+from em_core.problem import Problem, prepare
+from em_core.runner import run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(problem: Problem) -> float:
+    """Time of the loop alone: the first masks and the loading are not counted."""
+    state = initialise(problem)
+    started = time.perf_counter()
+    run(problem, state)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    host = load_host("demo")
+    em = replace(em_settings(host.identity().family), steps=args.steps)
+    arms = {
+        "plain": replace(em, mode="none", union_sampling=em.union_sampling),
+        "em": em,
+        "em, no CRF": replace(em, masks=replace(em.masks, crf=None)),
+    }
+    example = example_of(concept_scene(0, "B"))
+    problems = {name: prepare(host, [example], settings) for name, settings in arms.items()}
+    rows = [
+        {name: seconds(problem) for name, problem in problems.items()} for _ in range(args.rounds)
+    ]
+    lines = [
+        f"{args.rounds} interleaved rounds of {args.steps} steps, batch {em.batch}, one thread.",
+        "",
+    ]
+    lines += [
+        "| run | median s | ratio to plain: min | median | max |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in arms:
+        ratios = sorted(row[name] / row["plain"] for row in rows)
+        middle = statistics.median(row[name] for row in rows)
+        lines.append(
+            f"| {name} | {middle:.2f} | {ratios[0]:.3f} | {statistics.median(ratios):.3f} | {ratios[-1]:.3f} |"
+        )
+    text = "\n".join(lines) + "\n"
+    (RESULTS / "em_cost.md").write_text("# The price of the E-step\n\n" + text)
+    (RESULTS / "em_cost.json").write_text(json.dumps(rows) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Table and curves of the runs that em.py made: results/em.md and results/em.png.
+
+    python benchmarks/em_table.py
+
+A scene's value is its mean over the seeds; means, spreads and paired differences are over scenes.
+Intervals are 95% by Student's t on the scenes' paired differences.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = {
+    "fixed_literal": "the paper's initial masks, kept (all timesteps and layers, threshold 0.4)",
+    "initial": "our initial masks = `fixed`",
+    "words": "words only, nothing learned, as many passes as EM",
+    "read_once": "tokens learned under the fixed masks, read off once, as many passes as EM",
+    "em": "**EM (default)**",
+    "em_literal": "EM, the paper's literal loop",
+    "em_no_crf": "EM without CRF",
+    "em_no_attention_loss": "EM without the attention loss",
+    "em_no_masked_loss": "EM without the masked loss",
+}
+Scenes = dict[int, float]
+
+
+def by_scene(rows: list[dict[str, Any]], arm: str, field: str = "final") -> Scenes:
+    """Scene -> mean over its seeds."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["arm"] == arm:
+            values[row["scene"]].append(row[field])
+    return {scene: float(np.mean(of)) for scene, of in values.items()}
+
+
+def values_of(rows: list[dict[str, Any]], arm: str) -> Scenes:
+    """An arm's scenes; the initial masks are the start of the runs with fixed masks."""
+    return by_scene(rows, "fixed", "start") if arm == "initial" else by_scene(rows, arm)
+
+
+def paired(a: Scenes, b: Scenes) -> tuple[float, float]:
+    """Mean difference a - b over common scenes, and half the width of its 95% interval."""
+    differences = np.array([a[scene] - b[scene] for scene in sorted(a.keys() & b.keys())])
+    if len(differences) < 2:
+        return float("nan"), float("nan")
+    half = (
+        stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    )
+    return float(differences.mean()), float(half)
+
+
+def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
+    """Lines of one set."""
+    rows = [row for row in rows if row["set"] == set_]
+    em = values_of(rows, "em")
+    seeds = len({row["seed"] for row in rows if row["arm"] == "em"})
+    lines = [
+        f"### Set {set_}: {len(em)} scenes, {seeds} seeds (EM)",
+        "",
+        "| arm | runs | mean IoU | spread (sd over scenes) | default EM over it, 95% interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for arm, title in ARMS.items():
+        found = values_of(rows, arm)
+        if not found:
+            continue
+        values = np.array(list(found.values()))
+        difference, half = paired(em, found)
+        versus = "" if arm == "em" else f"{difference:+.3f} +- {half:.3f}"
+        name = "fixed" if arm == "initial" else arm
+        runs = sum(row["arm"] == name for row in rows)
+        lines.append(
+            f"| {title} | {runs} | {values.mean():.3f} | {values.std(ddof=1):.3f} | {versus} |"
+        )
+    return [*lines, "", *curve_lines(rows), ""]
+
+
+def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What the curves must not do: fall."""
+    runs = [row for row in rows if row["arm"] == "em"]
+    curve = np.mean([row["curve"] for row in runs], axis=0)
+    fall = max(0.0, float(np.max(np.maximum.accumulate(curve) - curve)))
+    start, final = by_scene(rows, "em", "start"), by_scene(rows, "em")
+    losses = sorted((final[s] - start[s], s) for s in final)
+    bad = [f"{s} ({d:+.3f})" for d, s in losses if d < -0.05]
+    return [
+        "Mean curve of the default EM, start and every E-step: "
+        + " ".join(f"{v:.3f}" for v in curve)
+        + ".",
+        f"Largest fall of the mean curve from an earlier round: {fall:.4f}. "
+        f"Scenes that end more than 0.05 below their start: {', '.join(bad) or 'none'}.",
+    ]
+
+
+def draw(rows: list[dict[str, Any]], sets: list[str], path: Path) -> None:
+    """IoU against rounds (the paper's Fig. 3 in small): EM, its spread over runs, and the fixed masks."""
+    figure = Figure(figsize=(4.6 * len(sets), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, set_ in zip(
+        np.atleast_1d(figure.subplots(1, len(sets), sharey=True)), sets, strict=True
+    ):
+        curves = np.array([r["curve"] for r in rows if r["set"] == set_ and r["arm"] == "em"])
+        rounds = np.arange(curves.shape[1])
+        low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
+        axis.fill_between(rounds, low, high, alpha=0.2, label="EM, 10% to 90% of runs")
+        axis.plot(rounds, curves.mean(axis=0), label="EM, mean")
+        axis.plot(rounds, middle, linestyle=":", label="EM, median")
+        axis.axhline(curves[:, 0].mean(), color="goldenrod", label="fixed masks")
+        axis.set(title=f"set {set_}", xlabel="E-step", ylim=(0.3, 1))
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("mask IoU")
+    figure.axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=RESULTS / "em_runs.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
+    sets = sorted({row["set"] for row in rows})
+    lines = [
+        "# Does EM pay?",
+        "",
+        "Mask IoU, mean over the two concepts of a scene; see benchmarks/em.py.",
+        "",
+    ]
+    for set_ in sets:
+        lines += table(rows, set_)
+    (args.out / "em.md").write_text("\n".join(lines))
+    draw(rows, sets, args.out / "em.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

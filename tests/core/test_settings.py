@@ -1,0 +1,107 @@
+"""Settings, concept sets and their files."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from em_core.concept_set import ConceptSet
+from em_core.concepts import Concept
+from em_core.crf import CRFSettings
+from em_core.diffusion import ModelIdentity
+from em_core.errors import UserError
+from em_core.presets import em_settings, literal
+from em_core.settings import EMSettings, JointSettings, MaskSettings, from_json, to_json
+
+IDENTITY = ModelIdentity("sd1", "abc", {"clip_l": 4}, torch.arange(1.0, 9.0))
+
+
+def concept_set() -> ConceptSet:
+    return ConceptSet(
+        concepts=(Concept("rex", "old dog"), Concept("doll")),
+        vectors={"rex": {"clip_l": torch.randn(2, 4)}, "doll": {"clip_l": torch.randn(1, 4)}},
+        identity=IDENTITY,
+        weights={"unet.a.lora_down": torch.randn(2, 3)},
+        lora_scale=0.25,
+        prompts=("a <rex:old dog> and <doll>", "<doll>"),
+        masks=(
+            {"rex": torch.rand(4, 4) > 0.5, "doll": torch.rand(4, 4) > 0.5},
+            {"doll": torch.rand(2, 6) > 0.5},
+        ),
+        settings={"em": to_json(EMSettings())},
+        curves={"loss/total": [(1, 0.5), (2, 0.25)]},
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EMSettings(),
+        literal(em_settings("sd-64")),
+        EMSettings(mode="fixed", masks=MaskSettings(threshold="otsu", crf=None)),
+        EMSettings(masks=MaskSettings(crf=CRFSettings(working_size=256))),
+    ],
+)
+def test_settings_survive_json(settings: EMSettings) -> None:
+    assert from_json(EMSettings, json.loads(json.dumps(to_json(settings)))) == settings
+
+
+def test_joint_settings_survive_json() -> None:
+    joint = JointSettings(kind="full", token_learning_rate=None)
+    assert from_json(JointSettings, json.loads(json.dumps(to_json(joint)))) == joint
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 0}, "Bad steps. Expected at least 1, got 0"),
+        ({"vectors": 0}, "Bad vectors"),
+        ({"e_step_every": 0}, "Bad e_step_every"),
+    ],
+)
+def test_settings_out_of_range(change: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        EMSettings(**change)
+
+
+def test_a_concept_file_holds_everything(tmp_path: Path) -> None:
+    ours = concept_set()
+    ours.save(tmp_path / "c.safetensors")
+    theirs = ConceptSet.load(tmp_path / "c.safetensors")
+    assert (theirs.concepts, theirs.prompts, theirs.lora_scale) == (
+        ours.concepts,
+        ours.prompts,
+        0.25,
+    )
+    assert theirs.curves == ours.curves and theirs.settings == json.loads(json.dumps(ours.settings))
+    assert all(
+        torch.equal(theirs.vectors[n]["clip_l"], ours.vectors[n]["clip_l"]) for n in ours.names
+    )
+    assert all(
+        torch.equal(a[n], b[n]) for a, b in zip(theirs.masks, ours.masks, strict=True) for n in b
+    )
+    assert torch.equal(theirs.weights["unet.a.lora_down"], ours.weights["unet.a.lora_down"])
+    assert torch.equal(theirs.identity.sample, IDENTITY.sample)
+
+
+def test_concepts_fit_their_own_model_in_any_number_type() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        concept_set().require_fit(replace(IDENTITY, sample=IDENTITY.sample.bfloat16().float()))
+
+
+def test_another_architecture_never_fits() -> None:
+    for other in (replace(IDENTITY, architecture="x"), replace(IDENTITY, encoders={"clip_l": 8})):
+        with pytest.raises(UserError, match="another architecture"):
+            concept_set().require_fit(other, any_weights=True)
+
+
+def test_a_fine_tune_fits_on_request() -> None:
+    tuned = replace(IDENTITY, sample=IDENTITY.sample * 1.1)
+    with pytest.raises(UserError, match="learned on another model"):
+        concept_set().require_fit(tuned)
+    with pytest.warns(UserWarning, match="less faithfully"):
+        concept_set().require_fit(tuned, any_weights=True)
