@@ -37,7 +37,7 @@ def gather(problem: Problem, state: RunState, drawn: Draw, maps: AttentionMaps) 
     picture.pending_count = picture.pending_count + counts.sum(dim=0)
 
 
-def e_step(problem: Problem, state: RunState) -> list[Bool[Tensor, "k H W"]]:
+def e_step(problem: Problem, state: RunState) -> list[Bool[Tensor, "_ _ _"]]:
     """Estimate every picture's masks again; gives the labels they had before."""
     before = [picture.labels for picture in state.pictures]
     state.pictures = [
@@ -54,14 +54,18 @@ def e_step_picture(
     settings = problem.settings
     maps = average_rounds(picture, this_round(problem, state, prepared, picture), settings)
     estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine)
-    accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)[:, None, None]
+    accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
+    if settings.masks.acceptance == "contrast":
+        accepted = accepted & (estimate.contrast >= picture.contrast)
+    pixels = accepted[:, None, None]
     return PictureState(
         maps=maps,
         rounds=picture.rounds + 1,
         pending=torch.zeros_like(picture.pending),
         pending_count=torch.zeros_like(picture.pending_count),
-        masks=torch.where(accepted, trained_under(estimate, settings), picture.masks),
-        labels=torch.where(accepted, estimate.masks, picture.labels),
+        masks=torch.where(pixels, trained_under(estimate, settings), picture.masks),
+        labels=torch.where(pixels, estimate.masks, picture.labels),
+        contrast=torch.where(accepted, estimate.contrast, picture.contrast),
     )
 
 

@@ -84,7 +84,7 @@ def whole_picture(problem: Problem, prepared: Prepared) -> PictureState:
     maps = torch.zeros(count, *map_side(prepared.latent_size, problem.host.layers), device=device)
     masks = torch.ones(count, *prepared.size, device=device)
     counts = torch.zeros(count, device=device)
-    return PictureState(maps, 0, torch.zeros_like(maps), counts, masks, masks > 0.5)
+    return PictureState(maps, 0, torch.zeros_like(maps), counts, masks, masks > 0.5, counts)
 
 
 def first_masks(
@@ -102,7 +102,12 @@ def first_masks(
     passes = settings.masks.init_timesteps
     maps, estimate = attention_masks(problem, prepared, vectors, passes, g)
     return replace(
-        blank, maps=maps, rounds=1, masks=trained_under(estimate, settings), labels=estimate.masks
+        blank,
+        maps=maps,
+        rounds=1,
+        masks=trained_under(estimate, settings),
+        labels=estimate.masks,
+        contrast=estimate.contrast,
     )
 
 
@@ -167,7 +172,7 @@ def note_settled(problem: Problem, state: RunState, event: StepEvent) -> None:
 def masks_event(
     problem: Problem,
     state: RunState,
-    before: Sequence[Bool[Tensor, "k H W"]] | None,
+    before: Sequence[Bool[Tensor, "_ _ _"]] | None,
     losses: Mapping[str, float] | None = None,
 ) -> StepEvent:
     """The event of newly estimated masks; its numbers go to the curves too."""

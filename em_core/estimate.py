@@ -19,7 +19,7 @@ from .attention import (
 from .crf import MaskRefiner, labels
 from .diffusion import Conditioning, DiffusionModel
 from .examples import Picture
-from .masks import binarise, max_scaled, min_max
+from .masks import binarise, contrast, max_scaled, min_max
 from .settings import MaskSettings
 
 LOSS_SIDE = 16
@@ -63,11 +63,13 @@ class Estimate:
         thresholded: B, before refinement.
         probability: marginals of the refinement (or B itself), 0..1.
         masks: M, the refined labels.
+        contrast: how far each normalised map is higher inside its mask than outside, at most 1.
     """
 
     thresholded: Bool[Tensor, "k H W"]
     probability: Float[Tensor, "k H W"]
     masks: Bool[Tensor, "k H W"]
+    contrast: Float[Tensor, " k"]
 
 
 def masks_from_maps(
@@ -81,10 +83,12 @@ def masks_from_maps(
     scaled = min_max(scaled) if settings.normalise == "min-max" else max_scaled(scaled)
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
-        return Estimate(thresholded, thresholded.float(), thresholded)
+        return Estimate(
+            thresholded, thresholded.float(), thresholded, contrast(scaled, thresholded)
+        )
     probability = refine(thresholded.float())
-    joint = settings.crf is None or settings.crf.joint
-    return Estimate(thresholded, probability, labels(probability, joint))
+    masks = labels(probability, settings.crf is None or settings.crf.joint)
+    return Estimate(thresholded, probability, masks, contrast(scaled, masks))
 
 
 def make_refiner(picture: Picture, settings: MaskSettings) -> Refine | None:

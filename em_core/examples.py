@@ -54,7 +54,9 @@ def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int,
     return fit[0], fit[1]
 
 
-def resize_picture(picture: Picture, size: tuple[int, int]) -> Picture:
+def resize_picture(
+    picture: Float[Tensor, "3 _h _w"], size: tuple[int, int]
+) -> Float[Tensor, "3 h w"]:
     """Antialiased bicubic resize, values kept in 0..1."""
     if tuple(picture.shape[-2:]) == size:
         return picture

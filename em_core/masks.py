@@ -89,6 +89,16 @@ def areas(masks: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
     return masks.float().mean(dim=(-2, -1))
 
 
+def contrast(maps: Float[Tensor, "k h w"], masks: Bool[Tensor, "k h w"]) -> Float[Tensor, " k"]:
+    """Mean of each map inside its mask less the mean outside; 0 for a mask of nothing or everything."""
+    inside = masks.float()
+    outside = 1 - inside
+    area_in, area_out = (reduce(x, "k h w -> k", "sum") for x in (inside, outside))
+    mean_in = reduce(maps * inside, "k h w -> k", "sum") / area_in.clamp(min=1)
+    mean_out = reduce(maps * outside, "k h w -> k", "sum") / area_out.clamp(min=1)
+    return (mean_in - mean_out) * (area_in > 0) * (area_out > 0)
+
+
 def resize_masks(
     masks: Float[Tensor, "k _h _w"], size: tuple[int, int], *, soft: bool = True
 ) -> Float[Tensor, "k h w"]:

@@ -13,9 +13,9 @@ def em_settings(family: str) -> EMSettings:
     if family != DEMO_FAMILY:
         return EMSettings()
     return EMSettings(
-        steps=160,
+        steps=120,
         learning_rate=0.02,
-        batch=4,
+        batch=2,
         attention_weight=0.2,
         masks=MaskSettings(threshold=0.2, crf=replace(DEMO, bilateral_theta_rgb=6.0)),
     )
@@ -34,7 +34,12 @@ def literal(settings: EMSettings) -> EMSettings:
     The threshold, which VCD leaves open, is 0.4 as in DAAM.
     """
     masks = replace(
-        settings.masks, timesteps=(0.0, 1.0), soft=False, all_layers=True, threshold=0.4
+        settings.masks,
+        timesteps=(0.0, 1.0),
+        soft=False,
+        all_layers=True,
+        threshold=0.4,
+        acceptance="none",
     )
     return replace(
         settings, e_step_every=1, refresh=1, free_statistics=False, averaging="latest", masks=masks

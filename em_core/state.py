@@ -24,6 +24,7 @@ class PictureState:
         pending: [k, h, w] sum of maps seen since the last E-step, `pending_count` [k] of them.
         masks: [k, H, W] masks that the M-step trains under, 0..1.
         labels: [k, H, W] the same as labels.
+        contrast: [k] of the masks when they were estimated; see `Estimate`.
     """
 
     maps: Float[Tensor, "k h w"]
@@ -32,9 +33,10 @@ class PictureState:
     pending_count: Float[Tensor, " k"]
     masks: Float[Tensor, "k H W"]
     labels: Bool[Tensor, "k H W"]
+    contrast: Float[Tensor, " k"]
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("maps", "pending", "pending_count", "masks", "labels")
+        names = ("maps", "pending", "pending_count", "masks", "labels", "contrast")
         return {"rounds": torch.tensor(self.rounds)} | {name: getattr(self, name) for name in names}
 
     @classmethod

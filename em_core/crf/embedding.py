@@ -1,11 +1,12 @@
 """Where points lie in the permutohedral lattice: the simplex around each, and its corner weights."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 CHUNK = 1 << 16
@@ -37,13 +38,19 @@ def embed(features: Float[Tensor, "d n"]) -> Simplices:
     cell = features.new_empty(d, n)
     rank = torch.empty(d, n, dtype=torch.int8, device=features.device)
     weights = features.new_empty(d + 1, n)
-    step = CHUNK if features.device.type == "cpu" else max(n, 1)
-    for part in (slice(start, start + step) for start in range(0, n, step)):
+    for part in chunks(features):
         elevated = elevate(features[:, part])
         corner, ranks = nearest_corner(elevated)
         cell[:, part], rank[:, part] = corner[:d], ranks[:d]
         barycentric(elevated, corner, out=weights[:, part])
     return Simplices(cell, rank, weights)
+
+
+def chunks(columns: Shaped[Tensor, "d n"]) -> Iterator[slice]:
+    """Parts of the columns to work on at a time."""
+    n = columns.shape[1]
+    step = CHUNK if columns.device.type == "cpu" else n
+    return (slice(start, start + step) for start in range(0, n, step))
 
 
 def elevate(features: Float[Tensor, "d n"]) -> Float[Tensor, "classes n"]:
@@ -90,7 +97,9 @@ def inverse(classes: int) -> float:
 def descending_rank(rows: Float[Tensor, "r n"]) -> Int8[Tensor, "r n"]:
     """Rank of each row's entry in its column, 0 for the largest; of equals the first row leads."""
     count = len(rows)
-    rank = torch.arange(count, dtype=torch.int8, device=rows.device)[:, None].repeat(1, rows.shape[1])
+    rank = torch.arange(count, dtype=torch.int8, device=rows.device)[:, None].repeat(
+        1, rows.shape[1]
+    )
     for i in range(count):
         for j in range(i + 1, count):
             smaller = (rows[i] < rows[j]).view(torch.int8)

@@ -1,10 +1,12 @@
 """Gaussian filtering on the lattice: splat, blur, slice; and its symmetric normalisation."""
 
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .lattice import Lattice, build_lattice
@@ -13,32 +15,94 @@ from .lattice import Lattice, build_lattice
 WIDE = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
 
 
-def lattice_filter(lattice: Lattice, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """K Q, approximately: K_ij = exp(-|f_i - f_j|^2 / 2), the term i = j included."""
-    vertices = blur(lattice, splat(lattice, values))
-    return slice_back(lattice, vertices)
+@dataclass(frozen=True)
+class LatticeFilter:
+    """A linear map of values at n points: splat onto the lattice, blur there, slice back.
+
+    Attributes:
+        lattice: the tables.
+        splat_weight: of each entry of `lattice.splat_point`.
+        slice_weight: of each entry of `lattice.slice_vertex`.
+    """
+
+    lattice: Lattice
+    splat_weight: Float[Tensor, "classes n"]
+    slice_weight: Float[Tensor, "n classes"]
+
+    def __call__(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Filter c channels at once."""
+        return slice_back(self.lattice, self.slice_weight, blur(self.lattice, self.splat(values)))
+
+    def splat(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "vertices_1 c"]:
+        """Sum the points' values on their vertices; the missing vertex gets 0."""
+        lattice = self.lattice
+        if bags_are_fast(values.device):
+            points, weights = lattice.splat_point.view(-1), self.splat_weight.view(-1)
+            groups = gather_sum(values, points, weights, lattice.splat_start)
+        else:
+            groups = (self.splat_matrix @ values).contiguous()
+        return take_rows(groups, lattice.splat_group)
+
+    @cached_property
+    def splat_matrix(self) -> Shaped[Tensor, "groups n"]:
+        """The splat onto groups as a sparse matrix."""
+        start, size = self.lattice.splat_start, len(self.slice_weight)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                start,
+                self.lattice.splat_point.view(-1),
+                self.splat_weight.view(-1),
+                (len(start) - 1, size),
+                check_invariants=False,
+            )
+
+    @cached_property
+    def of_ones(self) -> Float[Tensor, "n 1"]:
+        """The filtered constant 1."""
+        return self(self.slice_weight.new_ones(len(self.slice_weight), 1))
 
 
-def splat(lattice: Lattice, values: Float[Tensor, "n c"]) -> Float[Tensor, "vertices_1 c"]:
-    """Sum the points' values onto their vertices; the extra vertex stays 0."""
-    if values.device.type == "cuda":
-        rows = len(lattice.splat_start) - 1
-        matrix = torch.sparse_csr_tensor(
-            lattice.splat_start,
-            lattice.splat_point,
-            lattice.splat_weight,
-            size=(rows, len(values)),
-            check_invariants=False,
-        )
-        return matrix @ values
-    return F.embedding_bag(
-        lattice.splat_point,
-        values,
-        lattice.splat_start,
-        mode="sum",
-        per_sample_weights=lattice.splat_weight,
-        include_last_offset=True,
+def bags_are_fast(device: torch.device) -> bool:
+    """Whether to gather by embedding bags. On a GPU they leave most of a warp idle at few channels."""
+    return device.type != "cuda"
+
+
+def plain_filter(lattice: Lattice) -> LatticeFilter:
+    """K of K_ij = exp(-|f_i - f_j|^2 / 2), approximately; the term i = j is included."""
+    alpha = 1 / (1 + 2.0**-lattice.dimension)
+    return LatticeFilter(
+        lattice, by_vertex(lattice, lattice.slice_weight), lattice.slice_weight * alpha
     )
+
+
+def normalised_filter(features: Float[Tensor, "d n"]) -> LatticeFilter:
+    """D^-1/2 K D^-1/2 with D = diag(K 1), over points with features in units of K's deviation.
+
+    Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian
+    Edge Potentials", 2011; the symmetric normalisation is that of their later code.
+
+    Raises:
+        UserError: see :func:`build_lattice`.
+    """
+    lattice = build_lattice(features)
+    alpha = 1 / (1 + 2.0**-lattice.dimension)
+    scaled = lattice.slice_weight * row_sums(lattice, alpha).rsqrt()
+    return LatticeFilter(lattice, by_vertex(lattice, scaled), scaled.mul_(alpha))
+
+
+def row_sums(lattice: Lattice, alpha: float) -> Float[Tensor, "n 1"]:
+    """K 1. The splat of ones is a histogram, so it needs no weights by vertex."""
+    vertices, weights = lattice.slice_vertex, lattice.slice_weight
+    splatted = torch.bincount(vertices.view(-1), weights.view(-1), len(lattice.splat_start) - 1)
+    blurred = blur(lattice, splatted.to(weights.dtype)[:, None])
+    return slice_back(lattice, weights * alpha, blurred)
+
+
+def by_vertex(lattice: Lattice, weights: Float[Tensor, "n classes"]) -> Float[Tensor, "classes n"]:
+    """Weights of the points' vertices in the order of `lattice.splat_point`."""
+    classes = zip(weights.unbind(1), lattice.splat_point, strict=True)
+    return torch.stack([column.index_select(0, points) for column, points in classes])
 
 
 def blur(lattice: Lattice, values: Float[Tensor, "vertices_1 c"]) -> Float[Tensor, "vertices_1 c"]:
@@ -50,6 +114,28 @@ def blur(lattice: Lattice, values: Float[Tensor, "vertices_1 c"]) -> Float[Tenso
     return values
 
 
+def slice_back(
+    lattice: Lattice, weights: Float[Tensor, "n classes"], values: Float[Tensor, "vertices_1 c"]
+) -> Float[Tensor, "n c"]:
+    """Read each point's value off its vertices."""
+    vertices = lattice.slice_vertex
+    if not bags_are_fast(values.device):
+        return (values[vertices] * weights[:, :, None]).sum(dim=1)
+    return gather_sum(values, vertices.view(-1), weights.view(-1), lattice.slice_start)
+
+
+def gather_sum(
+    values: Float[Tensor, "m c"],
+    rows: Int[Tensor, " entries"],
+    weights: Float[Tensor, " entries"],
+    start: Int[Tensor, " groups_1"],
+) -> Float[Tensor, "groups c"]:
+    """Weighted sum of rows of `values` for each group; `start` ends with the number of entries."""
+    return F.embedding_bag(
+        rows, values, start, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
 def take_rows(values: Float[Tensor, "m c"], rows: Int[Tensor, " r"]) -> Float[Tensor, "r c"]:
     """values[rows]"""
     wide = WIDE.get(values.shape[1])
@@ -57,44 +143,3 @@ def take_rows(values: Float[Tensor, "m c"], rows: Int[Tensor, " r"]) -> Float[Te
         return values.index_select(0, rows)
     taken = values.view(wide).view(-1).index_select(0, rows)
     return taken.view(torch.float32).view(len(rows), -1)
-
-
-def slice_back(lattice: Lattice, values: Float[Tensor, "vertices_1 c"]) -> Float[Tensor, "n c"]:
-    """Read each point's value off its vertices."""
-    if values.device.type == "cuda":
-        corners = values[lattice.slice_vertex]
-        return (corners * lattice.slice_weight[:, :, None]).sum(dim=1)
-    return F.embedding_bag(
-        lattice.slice_vertex, values, mode="sum", per_sample_weights=lattice.slice_weight
-    )
-
-
-@dataclass(frozen=True)
-class NormalisedFilter:
-    """D^-1/2 K D^-1/2 with D = diag(K 1), the normalisation and the weight folded into the tables.
-
-    Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian
-    Edge Potentials", 2011; symmetric normalisation as in their later code.
-    """
-
-    lattice: Lattice
-
-    def __call__(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Filter c channels at once."""
-        return lattice_filter(self.lattice, values)
-
-
-def normalised_filter(features: Float[Tensor, "d n"]) -> NormalisedFilter:
-    """Filter over n points with d features in units of its standard deviation.
-
-    Raises:
-        UserError: see :func:`build_lattice`.
-    """
-    lattice = build_lattice(features)
-    alpha = 1 / (1 + 2.0**-lattice.dimension)
-    lattice.slice_weight.mul_(alpha)
-    row_sums = lattice_filter(lattice, features.new_ones(features.shape[1], 1))
-    scale = (row_sums.view(-1).double() + 1e-20).rsqrt_().float()
-    lattice.splat_weight.mul_(scale.index_select(0, lattice.splat_point))
-    lattice.slice_weight.mul_(scale[:, None])
-    return NormalisedFilter(lattice)

@@ -1,18 +1,21 @@
 """The fully connected CRF with Potts labels, solved by mean field."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from .features import bilateral_features, spatial_features
-from .filtering import NormalisedFilter, normalised_filter
+from .filtering import LatticeFilter, normalised_filter
 from .settings import CRFSettings
 
 CACHED_SHAPES = 4
-NEVER = -1e4
+CACHED_PIXELS = 1 << 20
+NEVER = -60.0
+EXP_LIMIT = 80.0
 
 
 class DenseCRF:
@@ -22,7 +25,9 @@ class DenseCRF:
     Edge Potentials", 2011, algorithm 1.
     """
 
-    def __init__(self, kernels: Sequence[tuple[NormalisedFilter, float]], points: int, device: torch.device):
+    def __init__(
+        self, kernels: Sequence[tuple[LatticeFilter, float]], points: int, device: torch.device
+    ):
         """
         Args:
             kernels: filters over the same points with their weights, none negative.
@@ -30,10 +35,12 @@ class DenseCRF:
             device: where the filters' tables are.
         """
         self.kernels = tuple(kernels)
-        self.attraction = self.message(torch.ones(points, 1, device=device))
+        self.attraction = torch.zeros(points, 1, device=device)
+        for kernel, weight in self.kernels:
+            self.attraction.add_(kernel.of_ones, alpha=weight)
 
     @classmethod
-    def of_features(cls, kernels: Sequence[tuple[Float[Tensor, "d n"], float]]) -> "DenseCRF":
+    def of_features(cls, kernels: Sequence[tuple[Float[Tensor, "_ n"], float]]) -> "DenseCRF":
         """CRF over n points from features in units of each kernel's standard deviation, with weights."""
         features = kernels[0][0]
         built = [(normalised_filter(features), weight) for features, weight in kernels]
@@ -47,7 +54,9 @@ class DenseCRF:
         kernels = []
         if settings.gaussian_weight:
             theta = settings.gaussian_theta_xy * scale
-            kernels.append((gaussian_filter(height, width, theta, image.device), settings.gaussian_weight))
+            kernels.append(
+                (gaussian_filter(height, width, theta, image.device), settings.gaussian_weight)
+            )
         if settings.bilateral_weight:
             features = bilateral_features(
                 image, settings.bilateral_theta_xy * scale, settings.bilateral_theta_rgb
@@ -57,41 +66,55 @@ class DenseCRF:
 
     def message(self, Q: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         """sum_m w_m D_m^-1/2 K_m D_m^-1/2 Q, the term i = j included."""
-        total = torch.zeros_like(Q)
-        for kernel, weight in self.kernels:
+        if not self.kernels:
+            return torch.zeros_like(Q)
+        (first, weight), *others = self.kernels
+        total = first(Q).mul_(weight)
+        for kernel, weight in others:
             total.add_(kernel(Q), alpha=weight)
         return total
 
     def infer(self, unary: Float[Tensor, "labels n"], iterations: int) -> Float[Tensor, "labels n"]:
-        """Marginals Q of `labels` >= 2 labels: Q <- softmax(-U + message(Q)), first Q = softmax(-U).
+        """Marginals Q of two labels or more: Q = softmax(-U), then Q <- softmax(-U + message(Q)).
 
-        A point's marginals sum to 1, hence all but the last label are filtered and the last one's
-        message is the message of all ones less the others'. Logits are relative to the last label.
+        A point's marginals sum to 1, so all labels but the last are filtered, and the last one's
+        message is that of all ones less the others'. Logits are relative to the last label's.
         """
-        channels = padded(len(unary) - 1)
-        logits = unary.new_full((unary.shape[1], channels), NEVER)
-        torch.sub(unary[-1:].t(), unary[:-1].t(), out=logits[:, : len(unary) - 1])
-        Q = softmax_with_zero(logits)
-        base = logits - self.attraction
-        mix = 1 + torch.eye(channels, device=unary.device)
+        if len(unary) < 2:
+            raise ValueError(f"Bad unary. Expected at least 2 labels, got {len(unary)}.")
+        count = len(unary) - 1
+        Q = unary.new_zeros(unary.shape[1], padded(count))
+        base = torch.full_like(Q, NEVER)
+        Q[:, :count] = torch.softmax(-unary, dim=0)[:-1].t()
+        base[:, :count] = (unary[-1:] - unary[:-1]).t()
+        base -= self.attraction
+        normalise = softmax_for(base, self.attraction)
         for _ in range(iterations):
-            Q = softmax_with_zero(torch.addmm(base, self.message(Q), mix))
-        Q = Q[:, : len(unary) - 1]
-        return torch.cat([Q, 1 - Q.sum(dim=1, keepdim=True)], dim=1).t().contiguous()
+            message = self.message(Q)
+            Q = normalise(message.add_(row_sum(message)).add_(base))
+        Q = Q[:, :count].t()
+        return torch.cat([Q, (1 - Q.sum(dim=0, keepdim=True)).clamp_(min=0)])
 
     def infer_alone(self, logits: Float[Tensor, "k n"], iterations: int) -> Float[Tensor, "k n"]:
         """Foreground marginals of k binary problems over the same points, from log-odds."""
-        first = logits.t().contiguous()
+        count = len(logits)
+        first = F.pad(logits, (0, 0, 0, padded(count) - count)).t().contiguous()
         Q = torch.sigmoid(first)
         base = first - self.attraction
         for _ in range(iterations):
             Q = torch.sigmoid(torch.add(base, self.message(Q), alpha=2.0))
-        return Q.t().contiguous()
+        return Q[:, :count].t().contiguous()
+
+
+def gaussian_filter(height: int, width: int, theta: float, device: torch.device) -> LatticeFilter:
+    """The smoothness kernel. It depends on the picture's shape alone, so the last few are kept."""
+    make = cached_gaussian if height * width <= CACHED_PIXELS else cached_gaussian.__wrapped__
+    return make(height, width, theta, device)
 
 
 @lru_cache(maxsize=CACHED_SHAPES)
-def gaussian_filter(height: int, width: int, theta: float, device: torch.device) -> NormalisedFilter:
-    """The smoothness kernel depends on the picture's shape alone, so the last few are kept."""
+def cached_gaussian(height: int, width: int, theta: float, device: torch.device) -> LatticeFilter:
+    """See :func:`gaussian_filter`; about 60 bytes a pixel stay in memory."""
     return normalised_filter(spatial_features(height, width, theta, device))
 
 
@@ -100,14 +123,31 @@ def padded(channels: int) -> int:
     return 4 if channels == 3 else channels
 
 
-def softmax_with_zero(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Softmax over the c given logits and a further one of 0, which is left out of the result.
+def softmax_for(
+    base: Float[Tensor, "n c"], attraction: Float[Tensor, "n 1"]
+) -> Callable[[Float[Tensor, "n c"]], Float[Tensor, "n c"]]:
+    """The fastest softmax that is safe for logits of at most `base` plus twice `attraction`.
 
-    torch.softmax along a dimension of 2 to 5 entries takes many times longer.
+    It is over the c given logits and one of 0, and leaves the last out of the result.
     """
-    if logits.shape[1] == 1:
-        return torch.sigmoid(logits)
-    largest = logits.amax(dim=1, keepdim=True).clamp_(min=0)
-    powers = torch.sub(logits, largest).exp_()
-    ones = powers.new_ones(logits.shape[1], 1)
-    return powers.div_(torch.addmm(torch.exp(-largest), powers, ones))
+    if base.shape[1] == 1:
+        return torch.sigmoid
+    return small_softmax if float((base + 2 * attraction).max()) < EXP_LIMIT else any_softmax
+
+
+def small_softmax(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Without the usual subtraction of the maximum."""
+    powers = logits.exp_()
+    return powers.div_(row_sum(powers).add_(1))
+
+
+def row_sum(values: Float[Tensor, "n c"]) -> Float[Tensor, "n 1"]:
+    """Sum over the few columns; on a CPU a product is several times faster than a reduction."""
+    if values.device.type == "cpu":
+        return values @ values.new_ones(values.shape[1], 1)
+    return values.sum(dim=1, keepdim=True)
+
+
+def any_softmax(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Of logits of any size."""
+    return torch.softmax(F.pad(logits, (0, 1)), dim=1)[:, :-1].contiguous()

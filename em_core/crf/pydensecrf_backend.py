@@ -23,7 +23,7 @@ def load() -> ModuleType:
     except ImportError as error:
         raise UserError(
             "The CRF backend 'pydensecrf' is not installed. It needs a C++ compiler: "
-            'pip install "visual-concepts[pydensecrf]". The backend \'torch\' gives the same '
+            "pip install \"visual-concepts[pydensecrf]\". The backend 'torch' gives the same "
             "result without it."
         ) from error
     return densecrf
@@ -46,7 +46,10 @@ def infer(
     if settings.bilateral_weight:
         rgb = rearrange(image, "c h w -> h w c").byte().cpu().contiguous().numpy()
         crf.addPairwiseBilateral(
-            settings.bilateral_theta_xy * scale, settings.bilateral_theta_rgb, rgb, settings.bilateral_weight
+            settings.bilateral_theta_xy * scale,
+            settings.bilateral_theta_rgb,
+            rgb,
+            settings.bilateral_weight,
         )
     Q = torch.from_numpy(np.array(crf.inference(settings.iterations)))
     return rearrange(Q, "l (h w) -> l h w", h=height).to(unary)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import pydensecrf_backend
-from .memory import require_memory
 from .mean_field import DenseCRF
+from .memory import require_memory
 from .settings import CRFSettings
 
 CUTLER = CRFSettings()
@@ -23,19 +23,21 @@ class MaskRefiner:
     Calls are independent: the same refiner serves every E-step, and any number of masks.
     """
 
-    def __init__(self, image: Shaped[Tensor, "3 h w"], settings: CRFSettings = CUTLER):
+    def __init__(self, image: Shaped[Tensor, "..."], settings: CRFSettings = CUTLER):
         """
         Args:
-            image: RGB, float in 0..1 or uint8 in 0..255; colours are rounded to 8 bits.
+            image: RGB of shape (3, h, w), float in 0..1 or uint8 in 0..255; colours are rounded to 8 bits.
             settings: kernels, unary and solver.
 
         Raises:
             UserError: not an RGB image, NaN in it, values out of range, or too large for memory.
         """
-        self.size = (int(image.shape[-2]), int(image.shape[-1])) if image.ndim == 3 else (0, 0)
         self.settings = settings
         self.device = image.device
-        self.image = shrink(colours(image), settings.working_size)
+        # Other accelerators lack some of the operations; a CPU has them all.
+        image = colours(image if image.device.type in ("cpu", "cuda") else image.cpu())
+        self.size = (int(image.shape[-2]), int(image.shape[-1]))
+        self.image = shrink(image, settings.working_size)
         require_memory(self.image.shape[-2] * self.image.shape[-1], self.image.device)
 
     @cached_property
@@ -43,18 +45,19 @@ class MaskRefiner:
         """The picture's kernels, at the working size."""
         return DenseCRF.of_image(self.image, self.settings)
 
-    def __call__(self, masks: Shaped[Tensor, "k hm wm"]) -> Float[Tensor, "k h w"]:
+    def __call__(self, masks: Shaped[Tensor, "..."]) -> Float[Tensor, "k h w"]:
         """Foreground marginals of k masks, 0..1, at the picture's size.
 
         Args:
-            masks: 0..1 or bool, of any size: they are resized to the picture.
+            masks: k of them, shape (k, hm, wm), 0..1 or bool, of any size: they are resized to the picture.
 
         Raises:
             UserError: no mask, NaN, values outside 0..1; or the backend is not installed.
         """
         resized = resize(check_masks(masks).to(self.image), *self.image.shape[-2:])
-        marginals = self.solve_joint(resized) if self.settings.joint else self.solve_alone(resized)
-        return resize(marginals, *self.size).to(self.device)
+        solve = self.solve_joint if self.settings.joint else self.solve_alone
+        with torch.no_grad(), torch.autocast(self.image.device.type, enabled=False):
+            return resize(solve(resized), *self.size).to(self.device)
 
     def solve_joint(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
         """One CRF with a label for each mask and a last one for the background."""
@@ -80,10 +83,10 @@ class MaskRefiner:
 
 def refine_batch(
     images: Shaped[Tensor, "b 3 h w"],
-    masks: Shaped[Tensor, "b k hm wm"],
+    masks: Shaped[Tensor, "stacks k hm wm"],
     settings: CRFSettings = CUTLER,
 ) -> Float[Tensor, "b k h w"]:
-    """Foreground marginals of k masks of each of b pictures; see :class:`MaskRefiner`.
+    """Foreground marginals of k masks of each of b pictures, one stack a picture.
 
     Raises:
         UserError: as many images as stacks of masks were expected; and see :class:`MaskRefiner`.
@@ -118,10 +121,12 @@ def joint_unary(masks: Float[Tensor, "k h w"], strength: float) -> Float[Tensor,
     return -torch.log_softmax(strength * torch.cat([masks, background]), dim=0)
 
 
-def colours(image: Shaped[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
+def colours(image: Shaped[Tensor, "..."]) -> Float[Tensor, "3 h w"]:
     """Whole numbers 0..255 as float32, from floats in 0..1 or uint8."""
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise UserError(f"Bad image. Expected RGB of shape (3, height, width), got {tuple(image.shape)}.")
+        raise UserError(
+            f"Bad image. Expected RGB of shape (3, height, width), got {tuple(image.shape)}."
+        )
     if image.dtype == torch.uint8:
         return image.float()
     if not image.is_floating_point():
@@ -130,7 +135,7 @@ def colours(image: Shaped[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
     return (image.detach().float() * 255).round_()
 
 
-def check_masks(masks: Shaped[Tensor, "k hm wm"]) -> Shaped[Tensor, "k hm wm"]:
+def check_masks(masks: Shaped[Tensor, "..."]) -> Shaped[Tensor, "k hm wm"]:
     """The masks as floats, if they are masks."""
     if masks.ndim != 3 or masks.numel() == 0:
         raise UserError(
@@ -148,7 +153,7 @@ def require_unit_range(what: str, values: Tensor) -> None:
         raise UserError(f"Bad {what}. Expected values in 0..1, got {low:g} to {high:g}.")
 
 
-def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, "3 h w"]:
+def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, "3 h2 w2"]:
     """The image with its longer side at most `longest`, colours rounded to whole numbers."""
     height, width = image.shape[-2:]
     if longest is None or max(height, width) <= longest:
@@ -157,7 +162,9 @@ def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, 
     return resize(image, max(1, round(height * factor)), max(1, round(width * factor))).round()
 
 
-def resize(maps: Float[Tensor, "c h w"], height: int, width: int) -> Float[Tensor, "c height width"]:
+def resize(
+    maps: Float[Tensor, "c h w"], height: int, width: int
+) -> Float[Tensor, "c height width"]:
     """Area means where it shrinks, bilinear where it grows."""
     if maps.shape[-2:] == (height, width):
         return maps

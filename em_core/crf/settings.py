@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from ..errors import UserError
 
 Backend = Literal["torch", "pydensecrf"]
+LENGTHS = ("gaussian_theta_xy", "bilateral_theta_xy", "bilateral_theta_rgb", "reference_side")
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class CRFSettings:
     backend: Backend = "torch"
 
     def __post_init__(self) -> None:
-        check("iterations", self.iterations, 0 <= self.iterations <= 1000, "0 to 1000")
-        for name in ("gaussian_theta_xy", "bilateral_theta_xy", "bilateral_theta_rgb", "reference_side"):
-            check(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "more than 0")
+        whole = isinstance(self.iterations, int) and 0 <= self.iterations <= 1000
+        check("iterations", self.iterations, whole, "a whole number from 0 to 1000")
+        for name in LENGTHS:
+            value = getattr(self, name)
+            check(name, value, 0 < value < float("inf"), "a number over 0")
         for name in ("gaussian_weight", "bilateral_weight", "unary_strength"):
-            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1000, "0 to 1000")
+            value = getattr(self, name)
+            check(name, value, 0 <= value <= 1000, "a number from 0 to 1000")
         size = self.working_size
         check("working_size", size, size is None or size >= 1, "at least 1, or None")
         check("backend", self.backend, self.backend in get_args(Backend), "'torch' or 'pydensecrf'")
@@ -73,9 +77,13 @@ CUTLER = CRFSettings()
 """CutLER's MaskCut: pictures of 480 x 480."""
 
 DIFFUMASK = CRFSettings(
-    iterations=5, gaussian_weight=3.0, bilateral_theta_xy=80.0, bilateral_theta_rgb=13.0
+    iterations=5,
+    gaussian_weight=3.0,
+    bilateral_theta_xy=80.0,
+    bilateral_theta_rgb=13.0,
+    reference_side=512.0,
 )
-"""DiffuMask's. It runs at the picture's own size; its generated pictures have 512 x 512 pixels."""
+"""DiffuMask's, for its generated pictures of 512 x 512."""
 
 DEMO = CRFSettings(
     gaussian_theta_xy=2.0,

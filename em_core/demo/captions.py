@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from em_core.demo import vocabulary
+from . import vocabulary
 
 Look = tuple[str, str, str]
 
@@ -94,7 +94,8 @@ def _article(next_word: str, rng: Generator) -> str:
 def _join(
     before: list[str], phrases: list[list[str]], order: list[int], after: list[str], background: str
 ) -> Caption:
-    words, nouns = list(before), []
+    words = list(before)
+    nouns: list[int] = []
     for index in order:
         if nouns:
             words.append("and")

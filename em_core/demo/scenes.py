@@ -17,7 +17,7 @@ from numpy import ndarray
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from em_core.demo import shapes, textures, vocabulary
+from . import shapes, textures, vocabulary
 
 SIZE = textures.SIZE
 _FINE = 3
@@ -106,12 +106,12 @@ def concept_scene(seed: int, set: str = "A") -> ConceptScene:
 
     Set A: held-out combinations, called by their shape. Set B: known shapes in new colours and new
     patterns, called by their shape. Set C: new shapes in known colours, called "thing". The prompt
-    names the concepts from left to right. Raises ValueError for an unknown set or a negative seed.
+    names the concepts from left to right. Raises UserError for an unknown set or a negative seed.
     """
     if set not in SETS:
-        raise ValueError(f"Unknown set of scenes. Expected one of {', '.join(SETS)}, got {set!r}.")
+        raise UserError(f"Unknown set of scenes. Expected one of {', '.join(SETS)}, got {set!r}.")
     if seed < 0:
-        raise ValueError(f"Expected a seed of 0 or more, got {seed}.")
+        raise UserError(f"Expected a seed of 0 or more, got {seed}.")
     rng = np.random.default_rng([_CONCEPT_STREAM, SETS.index(set), seed])
     looks = _new_looks(set, rng)
     name = str(rng.choice(vocabulary.BACKGROUNDS))
@@ -168,8 +168,13 @@ def _object(
     turn, lay = (float(value) for value in rng.uniform(-1, 1, 2))
     return SceneObject(
         *look,
-        x=float(centre[0]), y=float(centre[1]), radius=radius, angle=radians(12) * turn,
-        pattern_angle=radians(90) * lay, phase=(across, down), tint=(red, green, blue),
+        x=float(centre[0]),
+        y=float(centre[1]),
+        radius=radius,
+        angle=radians(12) * turn,
+        pattern_angle=radians(90) * lay,
+        phase=(across, down),
+        tint=(red, green, blue),
     )
 
 
@@ -201,9 +206,7 @@ def _paint(
     colours = textures.COLOURS | textures.NEW_COLOURS
     main = np.asarray(colours[each.colour], dtype=np.float32) + np.asarray(each.tint)
     second = np.asarray(textures.marking(each.colour), dtype=np.float32)
-    marked = textures.pattern_mask(
-        each.pattern, *np.meshgrid(x, y), each.pattern_angle, each.phase
-    )
+    marked = textures.pattern_mask(each.pattern, *np.meshgrid(x, y), each.pattern_angle, each.phase)
     share = _shrink(inside & ~edge & marked) if marked is not None else np.zeros(1)
     line = _shrink(edge)
     cover = _shrink(inside)

@@ -191,9 +191,12 @@ _CENTRED = ("rings", "halves")
 
 
 def pattern_mask(
-    name: str, x: Float[ndarray, "s s"], y: Float[ndarray, "s s"], angle: float,
+    name: str,
+    x: Float[ndarray, "h w"],
+    y: Float[ndarray, "h w"],
+    angle: float,
     phase: tuple[float, float],
-) -> Bool[ndarray, "s s"] | None:
+) -> Bool[ndarray, "h w"] | None:
     """Where an object's surface has its second colour; None for a plain surface.
 
     `x` and `y` are pixels from the object's centre, `angle` is in radians, `phase` in pixels.

@@ -7,6 +7,7 @@ and the merges of these words alone gives them the ids that the whole vocabulary
 """
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -22,9 +23,7 @@ PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "brick", "sky", "snow", "water", "wood", "stone")
 GENERIC = "thing"
 FUNCTION_WORDS = ("a", "an", "and", "in", "of", "on", "photo", "the")
-WORDS = tuple(
-    sorted((*SHAPES, *COLOURS, *PATTERNS, *BACKGROUNDS, GENERIC, *FUNCTION_WORDS))
-)
+WORDS = tuple(sorted((*SHAPES, *COLOURS, *PATTERNS, *BACKGROUNDS, GENERIC, *FUNCTION_WORDS)))
 
 Merge = tuple[str, str]
 
@@ -40,7 +39,7 @@ def merge_path(word: str, ranks: dict[Merge, int]) -> list[Merge]:
     pieces = [*word[:-1], word[-1] + "</w>"]
     used = []
     while len(pieces) > 1:
-        pairs = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]
+        pairs = [pair for pair in itertools.pairwise(pieces) if pair in ranks]
         if not pairs:
             break
         best = min(pairs, key=ranks.__getitem__)

@@ -88,9 +88,14 @@ def test_tables_agree_with_a_dictionary_of_vertices(d: int) -> None:
         for a, b in itertools.pairwise(lattice.splat_start)
     ]
     by_number = {i: vertex for vertex, i in number.items()}
-    for i, group in enumerate(groups[:m]):
+    assert sorted(lattice.splat_group.tolist()) == list(range(m + 1))
+    for i in range(m):
+        group = groups[lattice.splat_group[i]]
         assert sorted(group) == sorted(np.nonzero((found == by_number[i]).all(axis=2))[0].tolist())
+    assert lattice.splat_group[m] == m
     assert groups[m] == []
+    firsts = [group[0] for group in groups[: len(set(lattice.slice_vertex[:, 0].tolist()))]]
+    assert firsts == sorted(firsts)
     for j in range(d + 1):
         step = np.full(d + 1, -1)
         step[j] = d

@@ -115,16 +115,16 @@ def test_scaling_factor_makes_latents_of_deviation_one(pipeline, unseen):
 
 def test_autoencoder_keeps_unseen_scenes(pipeline, unseen):
     everything, on_objects = measure.reconstruction(pipeline, unseen[:16])
-    assert everything > 23.5
-    assert on_objects > 18.5
+    assert everything > 25.0
+    assert on_objects > 20.0
 
 
 def test_the_right_caption_predicts_the_noise_better(pipeline, unseen):
     right, shuffled = measure.noise_errors(pipeline, unseen)
-    assert right < 0.95 * shuffled
+    assert right < 0.8 * shuffled
 
 
-@pytest.mark.parametrize(("kind", "least"), [("full", 0.65), ("bare", 0.55), ("thing", 0.45)])
+@pytest.mark.parametrize(("kind", "least"), [("full", 0.66), ("bare", 0.62), ("thing", 0.55)])
 def test_every_up_layer_localises_nouns(pipeline, unseen, kind, least):
     found = measure.attention_iou(pipeline, unseen[:12], kind)
     assert min(found[layer] for layer in UP_LAYERS) > least

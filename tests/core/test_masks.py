@@ -9,6 +9,7 @@ from em_core.masks import (
     Guards,
     binarise,
     compete,
+    contrast,
     fill_holes,
     iou,
     min_max,
@@ -107,6 +108,15 @@ def test_resizing_keeps_the_area() -> None:
     blocks = masks.reshape(2, 8, 4, 12, 4).mean(dim=(2, 4))
     torch.testing.assert_close(small, blocks)
     assert torch.equal(resize_masks(masks, (8, 12), soft=False), (blocks > 0.5).float())
+
+
+def test_contrast_by_definition() -> None:
+    maps, masks = random_maps(3, 5, 6), random_maps(3, 5, 6, seed=4) > 0.5
+    expected = [float(a[m].mean() - a[~m].mean()) for a, m in zip(maps, masks, strict=True)]
+    assert contrast(maps, masks).tolist() == pytest.approx(expected, abs=1e-5)
+    assert contrast(maps, torch.ones_like(masks)).tolist() == [0, 0, 0]
+    perfect = contrast(masks.float(), masks)
+    torch.testing.assert_close(perfect, torch.ones(3))
 
 
 def test_union_is_the_maximum() -> None:

@@ -78,7 +78,9 @@ def test_most_of_a_mask_differs_from_the_background():
 
 
 def test_a_square_covers_the_area_that_geometry_says():
-    square = scenes.SceneObject("square", "red", "plain", 32.0, 32.0, 15.0, 0.0, 0.0, (0.0, 0.0), (0, 0, 0))
+    square = scenes.SceneObject(
+        "square", "red", "plain", 32.0, 32.0, 15.0, 0.0, 0.0, (0.0, 0.0), (0, 0, 0)
+    )
     mask = render((square,), np.zeros((64, 64, 3), dtype=np.float32))[1][0]
     assert mask.sum() == pytest.approx((2 * 0.86 * 15) ** 2, rel=0.06)
 

@@ -7,35 +7,35 @@ over 4 x 4 pixels are compared as well.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from time import time
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from em_core.demo.training.data import SceneTable, open_table
-from em_core.demo.training.parallel import agree, average_gradients, share_parameters
-from em_core.demo.training.schedule import AveragedWeights, Log, cosine_rate
+from .data import SceneTable, open_table
+from .loop import Parts, Round, optimise, reporter
+from .schedule import AveragedWeights, Log
 
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """How the autoencoder is trained; `batch` is per process."""
+    """What the autoencoder's loss weighs.
 
-    minutes: float = 10.0
-    batch: int = 8
-    rate: float = 1.5e-3
+    `recoloured` is the share of pictures with shuffled colour channels. With `decoder_only`, the
+    encoder stays as it is and so do the latents; the error is then squared, as PSNR has it.
+    """
+
     object_weight: float = 5.0
     colour_weight: float = 1.0
     kl_weight: float = 1e-4
     recoloured: float = 0.2
-    seed: int = 0
-    compile: bool = False
-    resume: bool = False
+    decoder_only: bool = False
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -59,90 +59,114 @@ def new_autoencoder() -> AutoencoderKL:
 
 def to_tensor(images: UInt8[ndarray, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
     """Pictures of values 0 to 255 as tensors of values -1 to 1."""
-    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _batch(
-    table: SceneTable, rng: np.random.Generator, settings: AutoencoderSettings
+def draw_batch(
+    table: SceneTable, rng: np.random.Generator, count: int, recoloured: float
 ) -> tuple[Float[Tensor, "b 3 64 64"], Float[Tensor, "b 1 64 64"]]:
     """Random pictures, flipped at random and some with their colour channels shuffled; objects."""
-    index = np.sort(rng.integers(0, len(table), settings.batch))
+    index = np.sort(rng.integers(0, len(table), count))
     x = to_tensor(table.images[index])
     inside = torch.from_numpy(table.labels[index] > 0).float()[:, None]
     for b in range(len(x)):
-        if rng.random() < settings.recoloured:
+        if rng.random() < recoloured:
             x[b] = x[b, torch.from_numpy(rng.permutation(3))]
         axes = [axis for axis in (1, 2) if rng.random() < 0.5]
         x[b], inside[b] = x[b].flip(axes), inside[b].flip(axes)
     return x, inside
 
 
-def autoencoder_loss(
+def picture_loss(
     x: Float[Tensor, "b 3 h w"],
     y: Float[Tensor, "b 3 h w"],
     inside: Float[Tensor, "b 1 h w"],
-    mean: Float[Tensor, "b 4 i j"],
-    logvar: Float[Tensor, "b 4 i j"],
     settings: AutoencoderSettings,
 ) -> Float[Tensor, ""]:
-    """Weighted L1, the same on colours averaged over 4 x 4 pixels, and the KL term (per value)."""
+    """Weighted L1 of pixels, and the same on colours averaged over 4 x 4 pixels."""
     weight = 1 + (settings.object_weight - 1) * inside
-    fine = (weight * (x - y).abs()).sum() / (3 * weight.sum())
     coarse_weight = F.avg_pool2d(weight, 4)
-    coarse = (coarse_weight * F.avg_pool2d(x - y, 4).abs()).sum() / (3 * coarse_weight.sum())
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return fine + settings.colour_weight * coarse + settings.kl_weight * kl
+    fine = (weight * (x - y).abs()).sum() / (3 * weight.sum())
+    coarse = coarse_weight * F.avg_pool2d(x - y, 4).abs()
+    return fine + settings.colour_weight * coarse.sum() / (3 * coarse_weight.sum())
+
+
+def squared_loss(
+    x: Float[Tensor, "b 3 h w"],
+    y: Float[Tensor, "b 3 h w"],
+    inside: Float[Tensor, "b 1 h w"],
+    settings: AutoencoderSettings,
+) -> Float[Tensor, ""]:
+    """Weighted squared error of pixels."""
+    weight = 1 + (settings.object_weight - 1) * inside
+    return 10 * (weight * (x - y).square()).sum() / (3 * weight.sum())
+
+
+def kl_loss(mean: Float[Tensor, "b 4 i j"], logvar: Float[Tensor, "b 4 i j"]) -> Float[Tensor, ""]:
+    """KL divergence of the posterior from N(0, 1), per latent value."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def full_loss(
+    model: AutoencoderKL, x: Tensor, inside: Tensor, settings: AutoencoderSettings
+) -> Float[Tensor, ""]:
+    """Loss of a picture batch through encoder, sampled latents and decoder."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = model.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+        y = model.decode(z).sample
+    kl = kl_loss(posterior.mean.float(), posterior.logvar.float())
+    return picture_loss(x, y.float(), inside, settings) + settings.kl_weight * kl
+
+
+def decoder_loss(
+    model: AutoencoderKL, x: Tensor, inside: Tensor, settings: AutoencoderSettings
+) -> Float[Tensor, ""]:
+    """Loss of the decoder alone on the latent means."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            z = model.encode(x).latent_dist.mean
+        y = model.decode(z).sample
+    return squared_loss(x, y.float(), inside, settings)
 
 
 def train_autoencoder(
-    rank: int, data: Path, out: Path, log_path: Path, settings: AutoencoderSettings
+    rank: int, data: Path, out: Path, log_path: Path, round_: Round, settings: AutoencoderSettings
 ) -> None:
-    """One process of the training; process 0 writes the averaged weights to `out`."""
-    torch.manual_seed(settings.seed + 1000 * rank)
-    rng = np.random.default_rng([settings.seed, rank])
+    """One process of a round, which goes on from `out` where that exists and writes there."""
+    torch.manual_seed(round_.seed + 1000 * rank)
+    rng = np.random.default_rng([round_.seed, rank])
     table, log = open_table(data), Log(log_path)
-    model = AutoencoderKL.from_pretrained(out) if settings.resume else new_autoencoder()
+    model = AutoencoderKL.from_pretrained(out) if out.exists() else new_autoencoder()
     model.train()
-    share_parameters(model.parameters())
-    average = AveragedWeights(model, 0.995)
-    optimiser = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.99), weight_decay=0.0)
+    loss_of = full_loss
+    if settings.decoder_only:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
+        loss_of = decoder_loss
+    average = AveragedWeights(model, round_.average)
+    shipped: Any = average.module
 
-    def loss_of(x: Tensor, inside: Tensor, noise: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = model.encode(x).latent_dist
-            y = model.decode(posterior.mean + posterior.std * noise).sample
-        parts = (y.float(), inside, posterior.mean.float(), posterior.logvar.float())
-        return autoencoder_loss(x, *parts, settings)
+    def step_loss() -> tuple[Tensor, Parts]:
+        loss = loss_of(model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings)
+        return loss, {"loss": float(loss.detach())}
 
-    run = torch.compile(loss_of) if settings.compile else loss_of
-    start, step, total = time(), 0, 0.0
-    progress = 0.0
-    while progress < 1:
-        x, inside = _batch(table, rng, settings)
-        loss = run(x, inside, torch.randn(len(x), 4, 16, 16))
-        optimiser.zero_grad()
-        loss.backward()
-        average_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.param_groups[0]["lr"] = settings.rate * cosine_rate(progress, step)
-        optimiser.step()
-        average.update(model)
-        step, total = step + 1, total + float(loss.detach())
-        if step == 5:
-            start = time()
-        progress = agree((time() - start) / 60 / settings.minutes) if step > 5 else 0.0
-        if step % 50 == 0 and rank == 0:
-            log.write(part="autoencoder", step=step, samples=step * 2 * settings.batch,
-                      loss=round(total / 50, 5))
-        total = 0.0 if step % 50 == 0 else total
-        if rank == 0 and (step % 500 == 0 or progress >= 1):
-            values = quality(average.module, table, slice(0, 64))
-            log.write(part="autoencoder", step=step, **values)
-            average.module.save_pretrained(out)
+    def after(step: int) -> None:
+        if rank == 0 and step % 500 == 0:
+            keep(step)
+
+    def keep(step: int) -> None:
+        log.write(part="autoencoder", step=step, **quality(shipped, table, slice(0, 64)))
+        shipped.save_pretrained(out)
+
+    samples = round_.batch * dist.get_world_size()
+    optimise(model, average, round_, step_loss, after, reporter(log, "autoencoder", rank, samples))
+    if rank == 0:
+        keep(round_.steps)
 
 
 @torch.no_grad()
-def quality(model: AutoencoderKL, table: SceneTable, rows: slice) -> dict[str, float]:
+def quality(model: Any, table: SceneTable, rows: slice) -> dict[str, float]:
     """PSNR in dB over all pixels and over the objects' pixels, and the latents' deviation."""
     x = to_tensor(table.images[rows])
     inside = torch.from_numpy(table.labels[rows] > 0)[:, None]

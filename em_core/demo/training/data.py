@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from numpy import ndarray
 
-from em_core.demo import vocabulary
-from em_core.demo.scenes import SIZE, TrainingScene, training_generator, training_scene
+from .. import vocabulary
+from ..scenes import SIZE, TrainingScene, training_generator, training_scene
 
 CHUNK = 2000
 MOST_OBJECTS = 3
@@ -44,7 +44,9 @@ def _names(count: int) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def open_table(folder: Path) -> SceneTable:
     """Open a table that `render_table` wrote."""
-    return SceneTable(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _names(0)})
+    return SceneTable(
+        **{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _names(0)}
+    )
 
 
 def render_table(folder: Path, count: int, seed: int, processes: int = 2) -> SceneTable:

@@ -1,45 +1,44 @@
 """Joint training of the UNet and the text encoder: noise prediction with an attention teacher."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float, Int
-from numpy.random import Generator
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from em_core.demo import vocabulary
-from em_core.demo.captions import Caption, Look, random_caption
-from em_core.demo.training.data import MOST_OBJECTS, SceneTable, open_table
-from em_core.demo.training.export import export_model
-from em_core.demo.training.parallel import agree, average_gradients, share_parameters
-from em_core.demo.training.schedule import AveragedWeights, Log, cosine_rate
-from em_core.demo.training.teacher import TaughtColumns, attention_loss, teach
-
-LENGTH = 77
-ROWS = MOST_OBJECTS + 1
+from .. import vocabulary
+from .batches import LENGTH, Batch, Batches, compact_ids
+from .data import open_table
+from .export import export_model, load_weights
+from .loop import Parts, Round, optimise, reporter
+from .schedule import AveragedWeights, Log
+from .teacher import TaughtColumns, attention_loss, teach
 
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """How UNet and text encoder are trained; `batch` is per process, `early` is in minutes."""
+    """What the loss of UNet and text encoder weighs.
 
-    minutes: float = 50.0
-    batch: int = 16
-    rate: float = 1.2e-3
+    `snr_limit` and `noisy_limit` bound the weights of clear and of noisy steps (`snr_weight`),
+    `mean_weight` and `coarse_weight` are those of the coarse errors (`coarse_error`),
+    `teacher_weight` is that of the attention loss on nouns and `ground_weight` the share of it
+    that the background's word gets. `export_every` counts steps between whole model folders.
+    """
+
     snr_limit: float = 5.0
+    noisy_limit: float = 15.0
+    mean_weight: float = 1.0
+    coarse_weight: float = 0.1
     teacher_weight: float = 0.1
     ground_weight: float = 0.3
-    average: float = 0.999
-    seed: int = 0
-    compile: bool = True
-    first_export: float = 8.0
-    export_every: float = 10.0
+    export_every: int = 1000
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -77,86 +76,10 @@ def new_text_encoder(rows: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def compact_ids(table: dict[str, int]) -> dict[str, int]:
-    """Rows of the words in a token table that holds only them, in the order of their true ids."""
-    ordered = sorted(vocabulary.WORDS, key=lambda word: table[word + "</w>"])
-    return {word: row for row, word in enumerate(ordered)}
-
-
 def noise_schedule() -> Float[Tensor, "1000"]:
     """alpha_bar of the scaled-linear schedule of Stable Diffusion (0.00085 to 0.012)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Latents, token rows, prompt columns to watch, their true maps and weights."""
-
-    z: Float[Tensor, "b 4 16 16"]
-    tokens: Int[Tensor, "b 77"]
-    select: Float[Tensor, "b k 77"]
-    target: Float[Tensor, "b k 16 16"]
-    weight: Float[Tensor, "b k"]
-
-
-class Batches:
-    """Random batches of latents with fresh captions."""
-
-    def __init__(
-        self, table: SceneTable, latents: Path, rows: dict[str, int], ground_weight: float
-    ) -> None:
-        self.table = table
-        self.latents = np.load(latents, mmap_mode="r")
-        self.rows = rows
-        self.ground_weight = ground_weight
-
-    def draw(self, index: Int[np.ndarray, "b"], rng: Generator, empty: float = 0.1) -> Batch:
-        """The scenes at `index`, each with a random caption."""
-        captions = [
-            random_caption(self.looks(i), self.background(i), rng, empty) for i in index
-        ]
-        return self.of(index, captions)
-
-    def of(self, index: Int[np.ndarray, "b"], captions: list[Caption]) -> Batch:
-        """The scenes at `index` with the given captions."""
-        z = torch.from_numpy(self.latents[index].copy()).float()
-        labels = torch.from_numpy(self.table.labels[index])
-        seen = F.one_hot(labels.long(), ROWS).permute(0, 3, 1, 2).float()
-        seen = F.avg_pool2d(seen, 4)
-        select = torch.zeros(len(index), ROWS, LENGTH)
-        target = torch.zeros(len(index), ROWS, 16, 16)
-        weight = torch.zeros(len(index), ROWS)
-        for b, caption in enumerate(captions):
-            for row, (at, which) in enumerate(zip(caption.nouns, caption.meant, strict=True)):
-                select[b, row, at + 1], weight[b, row] = 1.0, 1.0
-                target[b, row] = seen[b, which + 1]
-            if caption.ground is not None:
-                select[b, -1, caption.ground + 1], weight[b, -1] = 1.0, self.ground_weight
-                target[b, -1] = seen[b, 0]
-        return Batch(z, self.tokens(captions), select, target, weight)
-
-    def tokens(self, captions: list[Caption]) -> Int[Tensor, "b 77"]:
-        """Token rows: start, the words, then end up to the full length."""
-        start, end = len(self.rows), len(self.rows) + 1
-        rows = torch.full((len(captions), LENGTH), end)
-        rows[:, 0] = start
-        for b, caption in enumerate(captions):
-            words = [self.rows[word] for word in caption.words]
-            rows[b, 1 : 1 + len(words)] = torch.tensor(words, dtype=torch.long)
-        return rows
-
-    def looks(self, index: int) -> list[Look]:
-        """Shape, colour and pattern of a scene's objects, from left to right."""
-        return [
-            (vocabulary.SHAPES[s], vocabulary.COLOURS[c], vocabulary.PATTERNS[p])
-            for s, c, p in self.table.looks[index]
-            if s >= 0
-        ]
-
-    def background(self, index: int) -> str:
-        """Word of a scene's background."""
-        return vocabulary.BACKGROUNDS[int(self.table.backgrounds[index])]
 
 
 def stratified_steps(count: int, rng: torch.Generator) -> Int[Tensor, "b"]:
@@ -165,93 +88,116 @@ def stratified_steps(count: int, rng: torch.Generator) -> Int[Tensor, "b"]:
     return (parts * 1000).long().clamp_max(999)[torch.randperm(count, generator=rng)]
 
 
+def snr_weight(snr: Float[Tensor, "b"], snr_limit: float, noisy_limit: float) -> Float[Tensor, "b"]:
+    """Weights of the noise's error, by signal-to-noise ratio (SNR).
+
+    Above SNR 1: min(SNR, limit) / SNR (Hang 2023, "Min-SNR", Eq. 7). Below: 1 / SNR up to another
+    limit (truncated SNR; Salimans 2022, 4), since there the layout and the background are decided
+    while the error of the noise is small.
+    """
+    clear = snr.clamp_max(snr_limit) / snr
+    return torch.where(snr > 1, clear, (1 / snr).clamp_max(noisy_limit))
+
+
+def coarse_error(
+    error: Float[Tensor, "b 4 16 16"], snr: Float[Tensor, "b"], side: int
+) -> Float[Tensor, "b"]:
+    """Squared error of the denoised latent averaged over parts of a `side` x `side` grid.
+
+    A loss at coarser scales as well (Hoogeboom 2023, "simple diffusion", 3.2). Noise prediction
+    needs it here: at the first steps an error of the noise's mean is magnified 15 times in the
+    picture's mean, which is the background, and in the plain loss it hardly counts.
+    """
+    coarse = F.adaptive_avg_pool2d(error, side).square().mean(dim=(1, 2, 3))
+    return coarse / snr
+
+
 class Objective:
-    """The training loss of a batch; its UNet part is compiled when asked."""
+    """The training loss of a batch."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel, s: DenoiserSettings) -> None:
-        self.unet, self.text, self.settings = unet, text, s
+    def __init__(self, model: nn.ModuleDict, settings: DenoiserSettings) -> None:
+        self.unet, self.text, self.settings = model["unet"], model["text"], settings
         self.alpha_bar = noise_schedule()
-        self.taught = teach(unet)
-        self.run = torch.compile(self._unet_losses) if s.compile else self._unet_losses
+        self.taught = teach(self.unet)
 
-    def __call__(
-        self, batch: Batch, eps: Tensor, t: Int[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, ""]]:
-        """Squared error of the noise per sample (unweighted), and the attention loss."""
+    def __call__(self, batch: Batch, eps: Tensor, t: Int[Tensor, "b"]) -> tuple[Tensor, Parts]:
+        """Weighted error of the noise plus the attention loss, and its parts."""
+        alpha = self.alpha_bar[t]
+        columns = TaughtColumns(batch.select)
+        difference = self._predict(batch, eps, t, columns) - eps
+        error = difference.square().mean(dim=(1, 2, 3))
+        s, snr = self.settings, alpha / (1 - alpha)
+        weighted = snr_weight(snr, s.snr_limit, s.noisy_limit) * error
+        mean = coarse_error(difference, snr, 1).mean()
+        coarse = coarse_error(difference, snr, 4).mean()
+        seen = batch.weight * alpha.sqrt()[:, None]
+        taught = attention_loss(columns.maps, batch.target, seen)
+        loss = weighted.mean() + s.teacher_weight * taught
+        loss = loss + s.mean_weight * mean + s.coarse_weight * coarse
+        values = (weighted.mean(), error.mean(), taught, mean, coarse)
+        names = ("loss", "noise_error", "attention_error", "mean_error", "coarse_error")
+        return loss, {n: float(v.detach()) for n, v in zip(names, values, strict=True)}
+
+    def _predict(self, batch: Batch, eps: Tensor, t: Tensor, columns: TaughtColumns) -> Tensor:
         a = self.alpha_bar[t][:, None, None, None]
-        z_t = a.sqrt() * batch.z + (1 - a).sqrt() * eps
-        with torch.autocast("cpu", torch.bfloat16):
-            y = self.text(batch.tokens).last_hidden_state
-        weight = batch.weight * self.alpha_bar[t].sqrt()[:, None]
-        return self.run(z_t, t, y, eps, batch.select, batch.target, weight)
-
-    def _unet_losses(
-        self, z_t: Tensor, t: Tensor, y: Tensor, eps: Tensor, select: Tensor, target: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        columns = TaughtColumns(select)
         for processor in self.taught:
             processor.columns = columns
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.unet(z_t, t, y, return_dict=False)[0]
-        error = (out.float() - eps).square().mean(dim=(1, 2, 3))
-        return error, attention_loss(columns.maps, target, weight)
-
-    def snr_weight(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
-        """min(SNR, limit) / SNR: Min-SNR weights for noise prediction (Hang 2023, Eq. 7)."""
-        snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
-        return snr.clamp_max(self.settings.snr_limit) / snr
+            y = self.text(batch.tokens).last_hidden_state
+            z_t = a.sqrt() * batch.z + (1 - a).sqrt() * eps
+            return self.unet(z_t, t, y, return_dict=False)[0].float()
 
 
 def train_denoiser(
-    rank: int, work: Path, tokenizer: Path, out: Path, early: Path | None, log_path: Path,
+    rank: int,
+    work: Path,
+    tokenizer: Path,
+    start: Path | None,
+    out: Path,
+    log_path: Path,
+    round_: Round,
     settings: DenoiserSettings,
 ) -> None:
-    """One process of the training; process 0 writes whole model folders to `early` and `out`."""
-    torch.manual_seed(settings.seed + 1000 * rank)
-    noise = torch.Generator().manual_seed(settings.seed + 1000 * rank + 7)
-    rng = np.random.default_rng([settings.seed, 77, rank])
-    table, log = open_table(work / "data"), Log(log_path)
+    """One process of a round that goes on from the model folder `start`; writes folder `out`."""
+    torch.manual_seed(round_.seed + 1000 * rank)
     ids = vocabulary.read_ids(tokenizer)
-    batches = Batches(table, work / "latents.npy", compact_ids(ids), settings.ground_weight)
-    model = nn.ModuleDict(
-        {"unet": new_unet(), "text": new_text_encoder(len(vocabulary.WORDS) + 2)}
-    ).train()
-    share_parameters(model.parameters())
-    average = AveragedWeights(model, settings.average)
-    objective = Objective(model["unet"], model["text"], settings)  # type: ignore[arg-type]
-    optimiser = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.99), weight_decay=0.01)
-    count, step, progress, start = len(batches.latents), 0, 0.0, time()
-    sums = np.zeros(3)
-    next_export = settings.first_export
-    while progress < 1:
-        batch = batches.draw(rng.integers(0, count, settings.batch), rng)
-        t = stratified_steps(settings.batch, noise)
-        eps = torch.randn(batch.z.shape, generator=noise)
-        error, taught = objective(batch, eps, t)
-        weighted = (objective.snr_weight(t) * error).mean()
-        loss = weighted + settings.teacher_weight * taught
-        optimiser.zero_grad()
-        loss.backward()
-        average_gradients(model.parameters())
-        size = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(size):
-            raise FloatingPointError(f"The gradient is not finite at step {step}.")
-        optimiser.param_groups[0]["lr"] = settings.rate * cosine_rate(progress, step, 200)
-        optimiser.step()
-        average.update(model)
-        step += 1
-        start = time() if step == 3 else start
-        progress = agree((time() - start) / 60 / settings.minutes) if step > 3 else 0.0
-        sums += [float(weighted.detach()), float(error.detach().mean()), float(taught.detach())]
-        if step % 100 == 0:
-            if rank == 0:
-                w, e, a = (round(float(value) / 100, 5) for value in sums)
-                log.write(part="denoiser", step=step, samples=step * 2 * settings.batch, loss=w,
-                          noise_error=e, attention_error=a, progress=round(progress, 4))
-            sums[:] = 0
-        if rank == 0 and early is not None and progress * settings.minutes >= next_export:
-            export_model(average.module, ids, work / "vae", tokenizer, early)
-            next_export += settings.export_every
+    model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(len(ids_of_words()))})
+    model.train()
+    if start is not None:
+        load_weights(model, start, ids)
+    average = AveragedWeights(model, round_.average)
+    batches = Batches(
+        open_table(work / "data"), work / "latents.npy", compact_ids(ids), settings.ground_weight
+    )
+    draw = _drawer(batches, Objective(model, settings), round_, rank)
+
+    def after(step: int) -> None:
+        if rank == 0 and step % settings.export_every == 0:
+            export_model(average.module, ids, work / "vae", tokenizer, out)
+
+    samples = round_.batch * dist.get_world_size()
+    report = reporter(Log(log_path), "denoiser", rank, samples)
+    optimise(model, average, round_, draw, after, report)
     if rank == 0:
         export_model(average.module, ids, work / "vae", tokenizer, out)
+
+
+def ids_of_words() -> tuple[str, ...]:
+    """Names of the compact token table's rows."""
+    return (*vocabulary.WORDS, vocabulary.START_PIECE, vocabulary.END_PIECE)
+
+
+def _drawer(
+    batches: Batches, objective: Objective, round_: Round, rank: int
+) -> Callable[[], tuple[Tensor, Parts]]:
+    """The loss of the next random batch."""
+    noise = torch.Generator().manual_seed(round_.seed + 1000 * rank + 7)
+    rng = np.random.default_rng([round_.seed, 77, rank])
+
+    def draw() -> tuple[Tensor, Parts]:
+        index = rng.integers(0, len(batches.latents), round_.batch)
+        batch = batches.draw(index, rng)
+        t = stratified_steps(round_.batch, noise)
+        return objective(batch, torch.randn(batch.z.shape, generator=noise), t)
+
+    return draw

@@ -3,16 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from jaxtyping import Int
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from em_core.demo import vocabulary
-from em_core.demo.training.autoencoder import to_tensor
-from em_core.demo.training.data import SceneTable
+from .. import vocabulary
+from .autoencoder import to_tensor
+from .data import SceneTable
 
 
 @torch.no_grad()
@@ -28,10 +32,24 @@ def encode_table(
     return torch.cat(parts)
 
 
+def token_rows(ids: dict[str, int]) -> Int[torch.Tensor, "rows"]:
+    """True ids of the rows of a token table that holds only the demo words, start and end."""
+    words = sorted(ids[word + "</w>"] for word in vocabulary.WORDS)
+    return torch.tensor([*words, vocabulary.START_ID, vocabulary.END_ID])
+
+
+def load_weights(model: nn.ModuleDict, folder: Path, ids: dict[str, int]) -> None:
+    """Set UNet and (compact) text encoder to the weights of a model folder."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
+    state = CLIPTextModel.from_pretrained(folder / "text_encoder").float().state_dict()
+    name = next(key for key in state if key.endswith("token_embedding.weight"))
+    model["unet"].load_state_dict(unet.state_dict())
+    model["text"].load_state_dict({**state, name: state[name][token_rows(ids)]})
+
+
 def full_text_encoder(trained: CLIPTextModel, ids: dict[str, int]) -> CLIPTextModel:
     """The text encoder with CLIP's whole token table: rows of words never used are zero."""
-    words = sorted(ids[word + "</w>"] for word in vocabulary.WORDS)
-    rows = torch.tensor([*words, vocabulary.START_ID, vocabulary.END_ID])
+    rows = token_rows(ids)
     config = CLIPTextConfig.from_dict(
         {
             **trained.config.to_dict(),
@@ -61,18 +79,10 @@ def export_model(
         "text_encoder": full_text_encoder(model["text"], ids),  # type: ignore[index]
         "unet": _plain_unet(model["unet"]),  # type: ignore[index]
     }
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         **{name: part.half() for name, part in parts.items()},
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            num_train_timesteps=1000,
-            set_alpha_to_one=False,
-            skip_prk_steps=True,
-            steps_offset=1,
-        ),
+        scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -89,6 +99,22 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _scheduler() -> PNDMScheduler:
+    """The schedule of Stable Diffusion 1.x."""
+    scheduler: Any = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    # Not PNDM's own, but a DDIM made from this file would clip latents to [-1, 1] without it.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
 
 
 def _plain_unet(trained: nn.Module) -> nn.Module:

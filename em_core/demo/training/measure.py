@@ -1,22 +1,25 @@
 """What the demo model can do, in numbers, on scenes that it was not trained on."""
 
+import argparse
+import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from em_core.attention import AttentionRecorder, select_columns
-from em_core.demo.captions import Caption, Look, bare_caption, full_caption
-from em_core.demo.scenes import TrainingScene, training_generator, training_scene
-from em_core.demo.training.autoencoder import to_tensor
-from em_core.demo.training.denoiser import noise_schedule, stratified_steps
-from em_core.diffusers_host import record_attention
+from ...attention import AttentionRecorder, select_columns
+from ...diffusers_host import record_attention
+from ..captions import Caption, Look, bare_caption, full_caption
+from ..scenes import TrainingScene, training_generator, training_scene
+from .autoencoder import to_tensor
+from .denoiser import noise_schedule, stratified_steps
+from .sheet import Pipeline, load
 
 UNSEEN_STREAM = 999_000_000
 STEPS = (50, 100, 150, 200, 250, 300)
@@ -40,12 +43,12 @@ def looks_of(scene: TrainingScene) -> list[Look]:
 
 
 @torch.no_grad()
-def encode_text(
-    pipeline: StableDiffusionPipeline, captions: Sequence[Caption]
-) -> Float[Tensor, "b 77 64"]:
+def encode_text(pipeline: Pipeline, captions: Sequence[Caption]) -> Float[Tensor, "b 77 64"]:
     """Conditioning of captions."""
     tokens = pipeline.tokenizer(
-        [caption.text for caption in captions], padding="max_length", max_length=77,
+        [caption.text for caption in captions],
+        padding="max_length",
+        max_length=77,
         return_tensors="pt",
     )
     return pipeline.text_encoder(tokens.input_ids).last_hidden_state
@@ -53,7 +56,7 @@ def encode_text(
 
 @torch.no_grad()
 def encode_scenes(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene]
+    pipeline: Pipeline, scenes: Sequence[TrainingScene]
 ) -> Float[Tensor, "b 4 16 16"]:
     """Scaled latents of scenes."""
     x = to_tensor(np.stack([scene.image for scene in scenes]))
@@ -62,7 +65,7 @@ def encode_scenes(
 
 @torch.no_grad()
 def noun_maps(
-    pipeline: StableDiffusionPipeline, scene: TrainingScene, caption: Caption, seed: int = 0
+    pipeline: Pipeline, scene: TrainingScene, caption: Caption, seed: int = 0
 ) -> dict[str, Float[Tensor, "k h w"]]:
     """Attention of the caption's nouns in every layer, mean over `STEPS`."""
     count = len(STEPS)
@@ -87,7 +90,7 @@ def mask_iou(map_: Float[Tensor, "h w"], mask: Bool[ndarray, "64 64"]) -> float:
 
 
 def attention_iou(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene], kind: str
+    pipeline: Pipeline, scenes: Sequence[TrainingScene], kind: str
 ) -> dict[str, float]:
     """Mean IoU of every layer's noun maps with the objects' true masks; see `CAPTIONS`."""
     found: dict[str, list[float]] = {}
@@ -101,7 +104,7 @@ def attention_iou(
 
 @torch.no_grad()
 def noise_errors(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene], seed: int = 0
+    pipeline: Pipeline, scenes: Sequence[TrainingScene], seed: int = 0
 ) -> tuple[float, float]:
     """Mean squared error of the noise under the right captions and under those of other scenes."""
     rng = torch.Generator().manual_seed(seed)
@@ -119,9 +122,7 @@ def noise_errors(
 
 
 @torch.no_grad()
-def reconstruction(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[TrainingScene]
-) -> tuple[float, float]:
+def reconstruction(pipeline: Pipeline, scenes: Sequence[TrainingScene]) -> tuple[float, float]:
     """PSNR in dB of the autoencoder over all pixels and over the objects' pixels."""
     x = to_tensor(np.stack([scene.image for scene in scenes]))
     y = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
@@ -136,8 +137,6 @@ def _decibel(error: Tensor) -> float:
 
 def report(folder: Path, scenes: int = 60) -> dict[str, object]:
     """All figures of the model in `folder`."""
-    from em_core.demo.training.sheet import load
-
     pipeline, unseen = load(folder), unseen_scenes(scenes)
     right, shuffled = noise_errors(pipeline, unseen)
     everything, on_objects = reconstruction(pipeline, unseen)
@@ -150,3 +149,17 @@ def report(folder: Path, scenes: int = 60) -> dict[str, object]:
         "noise_error_shuffled": shuffled,
         "iou": {kind: attention_iou(pipeline, unseen, kind) for kind in CAPTIONS},
     }
+
+
+def main() -> None:
+    """Write the figures of a model folder to standard output, as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="pipeline folder")
+    parser.add_argument("--scenes", type=int, default=60)
+    arguments = parser.parse_args()
+    figures = report(arguments.folder, arguments.scenes)
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,9 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
 
 def _gradient(parameter: Parameter) -> Tensor:
     if parameter.grad is None:
-        raise RuntimeError("Expected a gradient, got none: this parameter took no part in the loss.")
+        raise RuntimeError(
+            "Expected a gradient, got none: this parameter took no part in the loss."
+        )
     return parameter.grad
 
 

@@ -30,9 +30,7 @@ class AveragedWeights:
         """Move the average towards the module's present weights."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(
-            list(self.module.parameters()), list(module.parameters()), 1 - decay
-        )
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
 class Log:

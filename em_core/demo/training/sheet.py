@@ -1,6 +1,7 @@
 """The sample sheet: pictures of a trained model under the captions they were asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
+Pipeline = Any  # a StableDiffusionPipeline: diffusers sets its parts only at run time
 CAPTIONS = (
     "a photo of a red striped star on grass",
     "a photo of a blue plain circle on sand",
@@ -31,24 +33,30 @@ CAPTIONS = (
 
 @torch.no_grad()
 def draw(
-    pipeline: StableDiffusionPipeline, captions: tuple[str, ...], seed: int = 0, steps: int = 30,
-    guidance: float = 4.0,
+    pipeline: Pipeline,
+    captions: tuple[str, ...],
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 7.5,
 ) -> UInt8[ndarray, "n 64 64 3"]:
     """One picture for each caption (DDIM, classifier-free guidance), each from its own seed."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(captions))]
     pictures = pipeline(
-        list(captions), num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+        list(captions),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
         output_type="np",
     ).images
     return np.rint(pictures * 255).astype(np.uint8)
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
+def load(folder: Path) -> Pipeline:
     """The pipeline of a model folder, in single precision."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, local_files_only=True, torch_dtype=torch.float32
+        folder, safety_checker=None, local_files_only=True, dtype=torch.float32
     )
     return pipeline
 
@@ -64,7 +72,9 @@ def _wrap(caption: str, width: int) -> str:
 
 
 def sheet(
-    pictures: UInt8[ndarray, "n 64 64 3"], captions: tuple[str, ...], columns: int = 4,
+    pictures: UInt8[ndarray, "n 64 64 3"],
+    captions: tuple[str, ...],
+    columns: int = 4,
     enlarge: int = 3,
 ) -> Image.Image:
     """Pictures in a grid, each above its caption."""

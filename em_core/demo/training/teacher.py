@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 TAUGHT_LAYERS = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
@@ -61,12 +60,17 @@ class TaughtAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def teach(unet: UNet2DConditionModel) -> list[TaughtAttention]:
+def teach(unet: nn.Module) -> list[TaughtAttention]:
     """Give the taught layers their processors, in network order."""
     processors = []
     for name in TAUGHT_LAYERS:
         processor = TaughtAttention()
-        unet.get_submodule(name).set_processor(processor)
+        attention = unet.get_submodule(name)
+        if not isinstance(attention, Attention):
+            raise TypeError(
+                f"Expected an attention layer at {name}, got {type(attention).__name__}."
+            )
+        attention.set_processor(processor)  # type: ignore[arg-type]
         processors.append(processor)
     return processors
 

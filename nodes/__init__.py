@@ -1,0 +1,31 @@
+"""ComfyUI nodes: one file per family, each node a schema and a short `execute`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import ApplyConceptTokens
+from .demo import DemoScene, LoadDemoModel
+from .examples import ConceptExample
+from .extract import ExtractLatentMasks
+from .files import LoadConcepts, SaveConcepts
+from .learn import LearnConcepts
+from .masks import CompareMasks, RefineCRF
+
+NODES: list[type[io.ComfyNode]] = [
+    ConceptExample,
+    LearnConcepts,
+    ExtractLatentMasks,
+    RefineCRF,
+    ApplyConceptTokens,
+    SaveConcepts,
+    LoadConcepts,
+    LoadDemoModel,
+    DemoScene,
+    CompareMasks,
+]
+
+
+class VisualConcepts(ComfyExtension):
+    """The pack as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

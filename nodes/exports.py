@@ -1,0 +1,92 @@
+"""Learned concepts as the files that ComfyUI and other programs read: embeddings and LoRAs."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..em_core.concept_set import ConceptSet
+from ..em_core.weights import DIFF, DOWN, UP
+
+TEXT = re.compile(r"^(?:text_encoder|clip_[lgh]\.transformer)\.(?:text_model\.)?(?=.)")
+BLOCKS = re.compile(
+    r"^diffusion_model\.(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.*)$"
+)
+
+
+def embedding_tensors(concepts: ConceptSet, name: str) -> dict[str, Tensor]:
+    """An embedding file: `emb_params` for one text encoder, `clip_l` and `clip_g` for SDXL's two."""
+    vectors = {e: v.detach().float().contiguous() for e, v in concepts.vectors[name].items()}
+    return {"emb_params": next(iter(vectors.values()))} if len(vectors) == 1 else vectors
+
+
+def lora_tensors(concepts: ConceptSet) -> dict[str, Tensor]:
+    """The learned weights under the names that LoRA loaders know (kohya's); empty where there are none."""
+    tensors: dict[str, Tensor] = {}
+    sdxl = "clip_g" in concepts.identity.encoders
+    blocks = 2 if any(".input_blocks.2." in name for name in concepts.weights) else 1
+    for name, x in concepts.weights.items():
+        x = x.detach().clone().contiguous()
+        if name.endswith(DIFF):
+            tensors[difference_name(name.removesuffix(DIFF))] = x
+            continue
+        end = DOWN if name.endswith(DOWN) else UP
+        path = kohya_name(name.removesuffix(end), sdxl, blocks)
+        shape = concepts.weights[name.removesuffix(end) + DOWN].shape
+        tensors[f"{path}{end}.weight"] = x
+        tensors[f"{path}.alpha"] = torch.tensor(concepts.lora_scale * shape[0])
+    return tensors
+
+
+def kohya_name(path: str, sdxl: bool, blocks: int) -> str:
+    """`lora_unet_...` or `lora_te_...` of a layer of either host."""
+    if TEXT.match(path):
+        prefix = "lora_te" if not sdxl else "lora_te2" if path.startswith("clip_g") else "lora_te1"
+        return f"{prefix}_text_model_{TEXT.sub('', path).replace('.', '_')}"
+    if path.startswith("unet."):
+        return f"lora_unet_{path.removeprefix('unet.').replace('.', '_')}"
+    # kohya names SDXL's UNet as the checkpoint does, and the others' as diffusers does.
+    name = path.removeprefix("diffusion_model.") if sdxl else diffusers_path(path, blocks)
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+def diffusers_path(path: str, blocks: int) -> str:
+    """diffusers' name of an attention layer; `blocks` residual blocks per level on the way down."""
+    found = BLOCKS.match(path)
+    if found is None:
+        return path.removeprefix("diffusion_model.")
+    part, number, _, rest = found.groups()
+    if part == "middle_block":
+        return f"mid_block.attentions.0.{rest}"
+    n = int(number)
+    if part == "input_blocks":
+        level, i = divmod(n - 1, blocks + 1)
+        return f"down_blocks.{level}.attentions.{i}.{rest}"
+    level, i = divmod(n, blocks + 1)
+    return f"up_blocks.{level}.attentions.{i}.{rest}"
+
+
+def difference_name(path: str) -> str:
+    """`<layer>.diff` or `<layer>.diff_b`, as ComfyUI's own training writes them."""
+    layer, _, kind = path.rpartition(".")
+    end = ".diff_b" if kind == "bias" else ".diff"
+    if layer.startswith("unet."):
+        return f"lora_unet_{layer.removeprefix('unet.').replace('.', '_')}{end}"
+    if layer.startswith("text_encoder."):
+        inner = layer.removeprefix("text_encoder.").removeprefix("text_model.")
+        return f"text_encoders.clip_l.transformer.text_model.{inner}{end}"
+    return (
+        f"{layer}{end}" if layer.startswith("diffusion_model.") else f"text_encoders.{layer}{end}"
+    )
+
+
+def lora_metadata(concepts: ConceptSet) -> Mapping[str, str]:
+    """What other programs show of a LoRA."""
+    base = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+    family = concepts.identity.family
+    return {
+        "ss_base_model_version": base.get(family, family),
+        "modelspec.title": ", ".join(concepts.names),
+        "ss_tag_frequency": "{}",
+    }

@@ -1,0 +1,73 @@
+"""Concepts applied to a MODEL and a CLIP, without touching either."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...em_core.concept_set import ConceptSet
+from ...em_core.errors import UserError
+from ..exports import lora_tensors
+from .families import encoder_width, text_encoders
+from .layout import laid_out_model, noting_clip
+from .text import require_same_count, with_concepts, word_vectors
+
+
+def require_same_family(concepts: ConceptSet, clip: Any) -> None:
+    """Refuse concepts that were learned on another family.
+
+    Raises:
+        UserError: their vectors do not fit the CLIP's text encoders.
+    """
+    ours = {name: encoder_width(e) for name, e in text_encoders(clip).items()}
+    theirs = dict(concepts.identity.encoders)
+    if ours != theirs:
+        raise UserError(
+            f"The concepts {', '.join(concepts.names)} were learned on a {concepts.identity.family} model "
+            f"(text encoders {theirs}), this CLIP has {ours}. Use a checkpoint of the same family."
+        )
+
+
+def apply_concepts(
+    model: Any,
+    clip: Any,
+    concepts: ConceptSet,
+    strength: float,
+    masks: Mapping[str, Tensor] | None = None,
+) -> tuple[Any, Any]:
+    """MODEL and CLIP clones that know the concepts.
+
+    `strength` scales the learned weights, and moves the tokens between the words that they started
+    from (0) and what was learned (1), or beyond. `masks` lay out where each concept may act.
+
+    Raises:
+        UserError: the concepts were learned on another family.
+    """
+    require_same_family(concepts, clip)
+    require_same_count(concepts.vectors)
+    vectors = {name: vectors_at(clip, concepts, name, strength) for name in concepts.names}
+    lora = lora_tensors(concepts)
+    if lora and strength:
+        new_model, new_clip = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
+    else:
+        new_model, new_clip = model.clone(), clip.clone()
+    new_clip.tokenizer = with_concepts(clip.tokenizer, vectors, tuple(text_encoders(clip)))
+    if not masks:
+        return new_model, new_clip
+    return laid_out_model(new_model, masks), noting_clip(new_clip, vectors)
+
+
+def vectors_at(clip: Any, concepts: ConceptSet, name: str, strength: float) -> Mapping[str, Tensor]:
+    """A concept's vectors at a strength; without start words it is scaled from zero."""
+    learned = {e: v.detach().clone().float() for e, v in concepts.vectors[name].items()}
+    if strength == 1:
+        return learned
+    words = next(c.words for c in concepts.concepts if c.name == name)
+    scaled = {}
+    for encoder, v in learned.items():
+        start = word_vectors(clip, encoder, words, len(v))
+        start = torch.zeros_like(v) if start is None else start
+        scaled[encoder] = start + strength * (v - start)
+    return scaled

@@ -1,0 +1,37 @@
+"""Gradient checkpointing of a UNet's blocks: memory for time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, computed again in the backward pass instead of being remembered."""
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "transformer_options" in kwargs:
+            # ComfyUI writes the block's place into this dict on the way: the repeat needs it as it is now.
+            kwargs["transformer_options"] = dict(kwargs["transformer_options"])
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+@contextmanager
+def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
+    """Checkpoint the UNet's residual and transformer blocks while the context is open."""
+    blocks = [m for m in unet.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
+    try:
+        for block in blocks if on else ():
+            block.forward = checkpointed(block.forward)
+        yield
+    finally:
+        for block in blocks if on else ():
+            block.__dict__.pop("forward", None)

@@ -1,0 +1,210 @@
+"""The demo model in ComfyUI's own UNet, CLIP and autoencoder classes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+import torch
+from comfy import diffusers_convert, latent_formats, supported_models_base
+from comfy.model_detection import convert_config
+from comfy.model_patcher import ModelPatcher
+from comfy.sd1_clip import SD1CheckpointClipModel, SD1ClipModel, SD1Tokenizer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...em_core.errors import UserError
+
+WORD = re.compile(r"[a-z']+")
+NO_WORDS = re.compile(r"<[^<>]*>|embedding:\S+")
+BLOCK = re.compile(r"(up_blocks)\.(\d)")
+
+
+def demo_latents(scale: float) -> latent_formats.LatentFormat:
+    """Latents of the demo autoencoder, which have a scale of their own."""
+    latents = latent_formats.LatentFormat()
+    latents.scale_factor = scale
+    return latents
+
+
+class DemoModel(supported_models_base.BASE):
+    """What ComfyUI wants to know of a model."""
+
+    unet_extra_config: dict = {}  # noqa: RUF012
+    supported_inference_dtypes = [torch.float32]  # noqa: RUF012
+
+
+class DemoTokenizer(SD1Tokenizer):
+    """CLIP's tokenizer, which refuses words that the demo model was never shown."""
+
+    known_words: frozenset[str] = frozenset()
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        words = WORD.findall(NO_WORDS.sub(" ", text.lower()))
+        unknown = [word for word in words if word not in self.known_words]
+        if unknown:
+            raise UserError(
+                f"The demo model does not know the word {', '.join(map(repr, unknown))}. "
+                f"It knows: {', '.join(sorted(self.known_words))}."
+            )
+        return super().tokenize_with_weights(text, *args, **kwargs)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """A part's weights in float32."""
+    (file,) = folder.glob("*.safetensors")
+    return {name: x.float() for name, x in load_file(file).items()}
+
+
+def load_demo_model(folder: Path) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE from a diffusers pipeline folder of the demo model.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"No demo model in {folder}. Install the pack again.")
+    with torch.inference_mode(False):
+        return load_model(folder), load_clip(folder), load_vae(folder / "vae")
+
+
+def load_model(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    """The UNet as a MODEL. `disable_dynamic` is how ComfyUI asks for a fresh one; it always is."""
+    config = unet_config(read_json(folder / "unet" / "config.json"))
+    vae = read_json(folder / "vae" / "config.json")
+    demo = DemoModel(config)
+    demo.latent_format = demo_latents(vae["scaling_factor"])
+    demo.set_inference_dtype(torch.float32, None)
+    base = demo.get_model({}, device=mm.unet_offload_device())
+    names = comfy.utils.unet_to_diffusers(demo.unet_config)
+    weights = weights_of(folder / "unet")
+    base.diffusion_model.load_state_dict({names[n]: x for n, x in weights.items()})
+    patcher = ModelPatcher(
+        base, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+    )
+    patcher.cached_patcher_init = (load_model, (folder,))
+    return patcher
+
+
+def unet_config(config: dict[str, Any]) -> dict[str, Any]:
+    """ComfyUI's description of a diffusers UNet of Stable Diffusion 1.x topology."""
+    widths = config["block_out_channels"]
+    heads = config["attention_head_dim"]  # diffusers calls the number of heads so
+    heads = [heads] * len(widths) if isinstance(heads, int) else heads
+    sizes = {width // count for width, count in zip(widths, heads, strict=True)}
+    same = {"num_heads": -1, "num_head_channels": sizes.pop()} if len(sizes) == 1 else {
+        "num_heads": heads[0], "num_head_channels": -1,
+    }  # fmt: skip
+    return convert_config(
+        {
+            "image_size": 32,
+            "in_channels": config["in_channels"],
+            "out_channels": config["out_channels"],
+            "model_channels": widths[0],
+            "channel_mult": [width // widths[0] for width in widths],
+            "num_res_blocks": config["layers_per_block"],
+            "attention_resolutions": [2**i for i in range(len(widths))],
+            "transformer_depth": 1,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": config["use_linear_projection"],
+            "context_dim": config["cross_attention_dim"],
+            "adm_in_channels": None,
+            "use_temporal_attention": False,
+            "legacy": False,
+            **same,
+        }
+    )
+
+
+def load_clip(folder: Path) -> comfy.sd.CLIP:
+    """The text encoder and CLIP's own tokenizer as a CLIP."""
+    config = read_json(folder / "text_encoder" / "config.json")
+    words = read_json(folder / "words.json")
+
+    class DemoClipModel(SD1CheckpointClipModel):
+        def __init__(
+            self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None
+        ):
+            # The stock class reads its configuration from ComfyUI's folder; this one is given it.
+            super(SD1CheckpointClipModel, self).__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=dict(config),
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+
+    class DemoClip(SD1ClipModel):
+        def __init__(
+            self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None
+        ):
+            options = model_options or {}
+            super().__init__(device, dtype, options, clip_model=DemoClipModel)
+
+    class Tokenizer(DemoTokenizer):
+        known_words = frozenset(words)
+
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
+            super().__init__(embedding_directory, tokenizer_data or {})
+            self.clip_l.embedding_size = config["hidden_size"]
+
+    import folder_paths
+
+    target = supported_models_base.ClipTarget(Tokenizer, DemoClip)
+    weights = {
+        f"text_model.{n.removeprefix('text_model.')}": x
+        for n, x in weights_of(folder / "text_encoder").items()
+    }
+    weights["text_projection.weight"] = torch.eye(config["hidden_size"])
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"dtype": torch.float32},
+    )
+    missing, unexpected = clip.cond_stage_model.clip_l.transformer.load_state_dict(
+        weights, strict=False
+    )
+    if missing or unexpected:
+        raise UserError(f"The demo model's text encoder is incomplete ({missing or unexpected}).")
+    return clip
+
+
+def load_vae(folder: Path) -> comfy.sd.VAE:
+    """The autoencoder as a VAE."""
+    config = read_json(folder / "config.json")
+    widths = config["block_out_channels"]
+    levels = len(widths)
+    # ComfyUI's conversion counts up-blocks from a depth of four.
+    shift = 4 - levels
+    weights = {
+        BLOCK.sub(lambda m: f"{m[1]}.{int(m[2]) + shift}", name): x
+        for name, x in weights_of(folder).items()
+    }
+    description = {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": config["sample_size"],
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params = {"ddconfig": description, "embed_dim": config["latent_channels"]}
+    vae = comfy.sd.VAE(
+        sd=diffusers_convert.convert_vae_state_dict(weights),
+        config={"params": params},
+        dtype=torch.float32,
+    )
+    factor = 2 ** (levels - 1)
+    vae.downscale_ratio = vae.upscale_ratio = factor
+    return vae

@@ -1,0 +1,109 @@
+"""What a model is: for concept files its shape and a few values, for runs a digest of all that acts."""
+
+import hashlib
+from collections.abc import Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...em_core.diffusion import ModelIdentity
+
+SAMPLES = 64
+DEPTH = 12
+
+
+def model_identity(
+    family: str, encoders: Mapping[str, int], weights: Mapping[str, nn.Parameter]
+) -> ModelIdentity:
+    """Identity of the weights as they act now (with the graph's LoRAs in them)."""
+    names = sorted(weights)
+    shapes = "\n".join(f"{name} {tuple(weights[name].shape)}" for name in names)
+    flat = [weights[name].detach().reshape(-1) for name in names]
+    sample = torch.stack([x[len(x) // 2].float().cpu() for x in flat])
+    return ModelIdentity(
+        family, hashlib.sha256(shapes.encode()).hexdigest(), encoders, sample.clone()
+    )
+
+
+class Digest:
+    """Hashes whatever patches consist of: tensors by samples, functions by code and closure."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.seen: dict[int, Any] = {}  # keeps what it saw alive, so that no id is used again
+
+    def text(self, text: str) -> None:
+        self.hash.update(text.encode() + b"\0")
+
+    def tensor(self, x: Tensor) -> None:
+        """Type, shape and up to 64 evenly spaced values."""
+        self.text(f"{x.dtype} {tuple(x.shape)}")
+        flat = x.detach().reshape(-1)
+        if flat.numel():
+            chosen = flat[:: max(1, flat.numel() // SAMPLES)]
+            self.hash.update(chosen.to(torch.float32).cpu().numpy().tobytes())
+
+    def add(self, value: Any, depth: int = 0) -> None:
+        """Take in a value and all that it holds."""
+        if value is None or isinstance(value, (str, int, float, complex, bytes, torch.dtype)):
+            return self.text(repr(value))
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value)
+        if id(value) in self.seen or depth > DEPTH:
+            return self.text("again")
+        self.seen[id(value)] = value
+        self.text(type(value).__qualname__)
+        for part in parts_of(value):
+            self.add(part, depth + 1)
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What a container, function or object holds."""
+    if isinstance(value, Mapping):
+        return [x for k, v in value.items() for x in (repr(k), v)]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
+        return [value.__module__, value.__qualname__, value.__code__, value.__defaults__, *cells]
+    if isinstance(value, CodeType):
+        return [value.co_code, *value.co_names]
+    if isinstance(value, nn.Module):
+        return [x for n, p in value.state_dict().items() for x in (n, p)]
+    if isinstance(value, type):
+        return [value.__module__]
+    return (
+        [x for k, v in sorted(vars(value).items()) for x in (k, v)]
+        if hasattr(value, "__dict__")
+        else []
+    )
+
+
+def is_empty(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
+
+
+def patcher_digest(patcher: Any) -> str:
+    """Digest of a model and of every patch on it; the same again after a restart."""
+    digest = Digest()
+    for name, p in sorted(patcher.model.named_parameters()):
+        digest.text(name)
+        original = patcher.backup.get(name)
+        digest.tensor(p if original is None else original.weight)
+    for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
+        digest.text(str(key))
+        digest.add([patch[:4] for patch in patches])
+    options = {k: v for k, v in patcher.model_options.items() if k != "multigpu_clones"}
+    digest.add(options)
+    for part in (patcher.object_patches, patcher.wrappers, patcher.injections):
+        digest.add(part)
+    return digest.hash.hexdigest()

@@ -1,0 +1,119 @@
+"""Where each concept may act: masks on the cross-attention of its columns.
+
+The CLIP notes in every conditioning at which columns its concepts stand; the MODEL's patch reads the
+note and shuts a concept's columns off for the pixels outside its mask. Attention patches that are
+there already run first, and keep what they add.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from comfy.conds import CONDConstant
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ...em_core.attention import map_size
+from ...em_core.concepts import ConceptVectors
+from .attention import cross_attention_modules
+from .text import find_columns
+
+NOTE = "concept_columns"
+OFF = -1e4
+PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Concept -> positions of its vectors; the same for every sample of a conditioning."""
+
+    of: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
+    """A CLIP that notes in each conditioning where the concepts stand."""
+
+    class NotingClip(type(clip)):  # type: ignore[misc]
+        def clone(self, *args: Any, **kwargs: Any) -> Any:
+            n = super().clone(*args, **kwargs)
+            n.__class__ = type(self)
+            return n
+
+        def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            encoded = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
+            columns, _ = find_columns(tokens, self.tokenizer, vectors)
+            note = CONDConstant(Columns(tuple(columns.items())))
+            for _, plain in encoded if columns else ():
+                plain["model_conds"] = {**plain.get("model_conds", {}), NOTE: note}
+            return encoded
+
+    noting = clip.clone()
+    noting.__class__ = NotingClip
+    return noting
+
+
+def laid_out_model(model: Any, masks: Mapping[str, Float[Tensor, "H W"]]) -> Any:
+    """A MODEL in which each concept acts inside its mask only."""
+    n = model.clone()
+    n.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, NOTE, pass_note_on)
+    options = n.model_options["transformer_options"]
+    replaced = dict(options.get("patches_replace", {}).get("attn2", {}))
+    for name in cross_attention_modules(n.model.diffusion_model):
+        part, _, rest = name.partition(".")
+        number = 0 if part == "middle_block" else int(rest.partition(".")[0])
+        replaced.setdefault((PARTS[part], number), None)
+    wrapped = {block: attend_inside(masks, before) for block, before in replaced.items()}
+    options["patches_replace"] = {**options.get("patches_replace", {}), "attn2": wrapped}
+    return n
+
+
+def pass_note_on(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hand the note from the conditioning to the attention patches."""
+    note = kwargs.pop(NOTE, None)
+    if note is None:
+        return executor(*args, **kwargs)
+    if "transformer_options" in kwargs:
+        kwargs["transformer_options"] = kwargs["transformer_options"] | {NOTE: note}
+        return executor(*args, **kwargs)
+    return executor(*args[:-1], args[-1] | {NOTE: note}, **kwargs)
+
+
+def attend_inside(
+    masks: Mapping[str, Float[Tensor, "H W"]], before: Callable[..., Tensor] | None
+) -> Callable[..., Tensor]:
+    """An attention that shuts concepts off outside their masks, on top of the patch `before`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        heads, precision = options["n_heads"], options.get("attn_precision")
+        note = options.get(NOTE)
+
+        def plain(mask: Tensor | None = None) -> Tensor:
+            return optimized_attention(q, k, v, heads, mask=mask, attn_precision=precision)
+
+        if note is None:
+            return plain() if before is None else before(q, k, v, options)
+        size = map_size(q.shape[1], tuple(options["original_shape"][-2:]))
+        inside = plain(shut_off(note, masks, size, k.shape[1]).to(q))
+        return inside if before is None else before(q, k, v, options) + inside - plain()
+
+    return attend
+
+
+def shut_off(
+    note: Columns, masks: Mapping[str, Tensor], size: tuple[int, int], tokens: int
+) -> Float[Tensor, "q t"]:
+    """What is added to the logits: a large negative number for a concept's columns outside its mask."""
+    bias = torch.zeros(size[0] * size[1], tokens)
+    for name, positions in note.of:
+        if name in masks:
+            small = F.interpolate(masks[name][None, None].float().cpu(), size=size, mode="area")[
+                0, 0
+            ]
+            outside = rearrange(small, "h w -> (h w)") < 0.5
+            bias[:, list(positions)] = outside[:, None] * OFF
+    return bias

@@ -1,0 +1,147 @@
+"""Concepts in ComfyUI's prompts: the tokenizer that knows them, and where they stand."""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...em_core.concepts import MARK, ConceptVectors
+from ...em_core.errors import UserError
+from ...em_core.vectors import spread_pieces
+
+MEMORY = "\x1a"
+Tokens = dict[str, list[list[tuple[Any, float]]]]
+
+
+class ConceptTokens:
+    """Makes a tokenizer of ComfyUI read `<name>` and `<name:words>` as the concept's vectors.
+
+    The mark becomes an `embedding:` of a name that no file can have, so weights, commas, several
+    vectors and long prompts are handled by ComfyUI's own code.
+    """
+
+    concepts: Mapping[str, Tensor]
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        return super().tokenize_with_weights(MARK.sub(self.replace_mark, text), *args, **kwargs)  # type: ignore[misc]
+
+    def replace_mark(self, mark: Any) -> str:
+        name = mark[1].partition(":")[0].strip()
+        if name in self.concepts:
+            return f" embedding:{MEMORY}{name} "
+        logging.warning(
+            "Concept <%s> is not among those applied to this CLIP (%s); it is read as plain text.",
+            name,
+            ", ".join(self.concepts),
+        )
+        return mark[0]
+
+    def _try_get_embedding(self, embedding_name: str) -> Any:
+        found = super()._try_get_embedding(embedding_name)  # type: ignore[misc]
+        first = embedding_name.split()[0] if embedding_name.split() else ""
+        if not first.startswith(MEMORY):
+            return found
+        return (self.concepts[first.removeprefix(MEMORY)], *found[1:])
+
+
+def with_concepts(tokenizer: Any, vectors: ConceptVectors, encoders: tuple[str, ...]) -> Any:
+    """A copy of a CLIP's tokenizer that knows the concepts, and those it knew before."""
+    aware = copy.copy(tokenizer)
+    for encoder in encoders:
+        inner = copy.copy(getattr(tokenizer, encoder))
+        known = getattr(inner, "concepts", {})
+        if not isinstance(inner, ConceptTokens):
+            inner.__class__ = type("ConceptTokenizer", (ConceptTokens, type(inner)), {})
+        inner.concepts = {**known, **{name: of[encoder] for name, of in vectors.items()}}
+        inner.embedding_directory = inner.embedding_directory or []
+        setattr(aware, encoder, inner)
+    return aware
+
+
+def tokenize(tokenizer: Any, text: str) -> Tokens:
+    """Tokens of each encoder, in chunks of the encoder's length."""
+    return tokenizer.tokenize_with_weights(text, False)
+
+
+def pad_chunks(tokens: Tokens, tokenizer: Any, chunks: int) -> Tokens:
+    """The tokens with empty chunks at the end, so that prompts of a batch have one length."""
+    padded = {}
+    for key, rows in tokens.items():
+        inner = getattr(tokenizer, f"clip_{key}")
+        fill = len(rows[0]) - 2
+        empty = [inner.start_token, inner.end_token, *[inner.pad_token] * fill]
+        padded[key] = rows + [[(token, 1.0) for token in empty]] * (chunks - len(rows))
+    return padded
+
+
+def find_columns(
+    tokens: Tokens, tokenizer: Any, vectors: ConceptVectors
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Concept -> positions of its vectors in the encoded sequence; position of the first end token."""
+    key = next(iter(tokens))
+    encoder = f"clip_{key}"
+    owner = {row.data_ptr(): name for name, of in vectors.items() for row in of[encoder].detach()}
+    flat = [token for chunk in tokens[key] for token, _ in chunk]
+    columns: dict[str, tuple[int, ...]] = {}
+    for position, token in enumerate(flat):
+        if torch.is_tensor(token) and token.data_ptr() in owner:
+            name = owner[token.data_ptr()]
+            columns[name] = (*columns.get(name, ()), position)
+    end_token = getattr(tokenizer, encoder).end_token
+    end = next(
+        i for i, token in enumerate(flat) if not torch.is_tensor(token) and token == end_token
+    )
+    return columns, end
+
+
+def pieces(tokenizer: Any, encoder: str, words: str) -> list[int]:
+    """The pieces of an encoder's vocabulary that plain words consist of."""
+    inner = getattr(tokenizer, encoder)
+    # The outer tokenizer refuses words that a model does not know.
+    rows = tokenize(tokenizer, words)[encoder.removeprefix("clip_")]
+    special = {inner.start_token, inner.end_token, inner.pad_token}
+    flat = [token for row in rows for token, _ in row]
+    return [token for token in flat if not torch.is_tensor(token) and token not in special]
+
+
+def word_vectors(clip: Any, encoder: str, words: str, count: int) -> Tensor | None:
+    """`count` vectors of the words' pieces in float32 on the CPU; None where there are no words."""
+    ids = pieces(clip.tokenizer, encoder, words)
+    if not ids:
+        return None
+    return spread_pieces(token_table(clip, encoder)[ids], count)
+
+
+def token_table(clip: Any, encoder: str) -> Tensor:
+    """An encoder's token embedding [v, d] in float32 on the CPU."""
+    part = getattr(clip.cond_stage_model, encoder)
+    return part.transformer.get_input_embeddings().weight.detach().float().cpu()
+
+
+def require_same_count(vectors: ConceptVectors) -> None:
+    """Refuse concepts that have another number of vectors for one encoder than for the other.
+
+    Raises:
+        UserError: such a concept; its columns would not line up.
+    """
+    for name, of in vectors.items():
+        counts = {encoder: len(v) for encoder, v in of.items()}
+        if len(set(counts.values())) > 1:
+            raise UserError(
+                f"Concept {name} has different numbers of vectors per text encoder ({counts}). Learn it again."
+            )
+
+
+@contextmanager
+def keep_saved() -> Iterator[None]:
+    """Copy what autograd saves: ComfyUI's text encoder adds to its activations in place."""
+
+    def pack(x: Tensor) -> Tensor:
+        return x if x.is_leaf else x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield

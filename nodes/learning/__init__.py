@@ -1,0 +1,1 @@
+"""A run inside ComfyUI: memory, progress, interruption, and finding finished runs again."""

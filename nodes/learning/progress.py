@@ -1,0 +1,53 @@
+"""Progress and a live picture of the masks on the node."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+
+from ...em_core.em import StepEvent
+from ...em_core.pictures import overlay
+from ...em_core.problem import Problem
+from ...em_core.state import RunState
+
+SECONDS = 0.5
+SIDE = 320
+
+
+@dataclass
+class NodeProgress:
+    """A listener that moves the node's bar each step and shows the masks at most twice a second."""
+
+    problem: Problem
+    shown: float = 0.0
+    bar: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        joint = self.problem.joint
+        self.em_steps = self.problem.settings.steps
+        self.total = self.em_steps + (joint.steps if joint.kind != "none" else 0)
+        self.bar = comfy.utils.ProgressBar(self.total)
+
+    def __call__(self, event: StepEvent, state: RunState) -> None:
+        """Show an event; raises ComfyUI's interrupt where the user asked for it."""
+        done = event.step + (self.em_steps if event.phase == "joint" else 0)
+        self.bar.update_absolute(done, self.total, self.preview(state))
+        mm.throw_exception_if_processing_interrupted()
+
+    def preview(self, state: RunState) -> tuple | None:
+        """The first picture under its masks, unless one was shown just now."""
+        now = time.monotonic()
+        if now - self.shown < SECONDS:
+            return None
+        self.shown = now
+        picture = self.problem.pictures[0]
+        small = picture.example.picture
+        labels = state.pictures[0].labels
+        if tuple(small.shape[-2:]) != tuple(labels.shape[-2:]):
+            from ...em_core.examples import resize_picture
+
+            small = resize_picture(small, picture.size)
+        image = overlay(small, labels, max(1, SIDE // max(labels.shape[-2:])))
+        return ("JPEG", image, 512)

@@ -1,0 +1,69 @@
+"""Between ComfyUI's IMAGE and MASK and the core's tensors."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from ..em_core.errors import UserError
+from ..em_core.examples import Picture
+from ..em_core.pictures import from_image
+
+
+def pictures_of(image: Float[Tensor, "b h w c"]) -> list[Picture]:
+    """The pictures of an IMAGE: RGB in 0..1, alpha laid over white.
+
+    Raises:
+        UserError: no picture, or values that are not finite.
+    """
+    if image.ndim != 4 or image.shape[0] == 0 or image.shape[-1] not in (1, 3, 4):
+        raise UserError(
+            f"Bad IMAGE. Expected pictures of 1, 3 or 4 channels, got shape {tuple(image.shape)}."
+        )
+    if not torch.isfinite(image).all():
+        raise UserError("The IMAGE has values that are not finite. Check the node it comes from.")
+    image = image.detach().clone().float().cpu().clamp(0, 1)
+    if image.shape[-1] == 4:
+        colour, alpha = image[..., :3], image[..., 3:]
+        image = colour * alpha + (1 - alpha)
+    image = image.expand(-1, -1, -1, 3)
+    return [picture.contiguous() for picture in rearrange(image, "b h w c -> b c h w")]
+
+
+def masks_of(mask: Float[Tensor, "*b h w"]) -> Float[Tensor, "n h w"]:
+    """The masks of a MASK as a stack, 0..1.
+
+    Raises:
+        UserError: values that are not finite.
+    """
+    if not torch.isfinite(mask).all():
+        raise UserError("The MASK has values that are not finite. Check the node it comes from.")
+    mask = mask.detach().clone().float().cpu().clamp(0, 1)
+    return mask.reshape(-1, *mask.shape[-2:])
+
+
+def labels_of(masks: Float[Tensor, "n _h _w"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
+    """Masks at `size`, cut at one half."""
+    if tuple(masks.shape[-2:]) != size:
+        masks = F.interpolate(masks[None], size=size, mode="bilinear", antialias=True)[0]
+    return masks > 0.5
+
+
+def to_mask(stacks: Sequence[Tensor]) -> Float[Tensor, "n h w"]:
+    """A MASK of stacks of masks; those of another size are brought to the first's."""
+    size = stacks[0].shape[-2:]
+    same = [
+        s.float() if s.shape[-2:] == size
+        else F.interpolate(s.float()[None], size=size, mode="bilinear")[0]
+        for s in stacks
+    ]  # fmt: skip
+    return torch.cat(same).cpu().clone()
+
+
+def to_images(images: Sequence[Image.Image]) -> Float[Tensor, "n h w 3"]:
+    """An IMAGE of Pillow images of one size."""
+    return rearrange(torch.stack([from_image(image) for image in images]), "n c h w -> n h w c")

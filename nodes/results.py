@@ -1,0 +1,56 @@
+"""What a ConceptSet shows as ComfyUI's types."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..em_core.concept_set import ConceptSet
+from ..em_core.errors import UserError
+from ..em_core.examples import Example
+from ..em_core.pictures import read_picture
+from ..em_core.plots import plot_curves
+from .pictures import to_images, to_mask
+
+
+def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tensor, "n h w"]:
+    """Every concept of every example, at the pictures' size."""
+    stacks = []
+    for masks, example in zip(concepts.masks, examples, strict=True):
+        names = example.prompt.names
+        stack = torch.stack([masks[name] for name in names]).float()
+        size = (example.picture.shape[-2], example.picture.shape[-1])
+        if tuple(stack.shape[-2:]) != size:
+            stack = (F.interpolate(stack[None], size=size, mode="bilinear")[0] > 0.5).float()
+        stacks.append(stack)
+    return to_mask(stacks)
+
+
+def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
+    """The total loss of every step, as core's loss graph takes it."""
+    names = ("loss/total", "joint_loss/total")
+    return {"loss": [value for n in names for _, value in concepts.curves.get(n, [])]}
+
+
+def curves_image(concepts: ConceptSet) -> Float[Tensor, "1 h w 3"]:
+    """The curves as a picture; without matplotlib a picture that says so."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "curves.png"
+        try:
+            plot_curves(concepts.curves, file)
+        except UserError as error:
+            return to_images([notice(str(error))])
+        return rearrange(read_picture(file), "c h w -> 1 h w c")
+
+
+def notice(text: str) -> Image.Image:
+    """Words as a picture."""
+    image = Image.new("RGB", (560, 80), "white")
+    ImageDraw.Draw(image).text((12, 30), text, fill="black")
+    return image

@@ -1,0 +1,197 @@
+"""Nodes of "another pack", for tests alone: they look at values, patch a model, and stand in the way."""
+
+import hashlib
+import os
+import time
+
+import folder_paths
+import safetensors.torch
+import torch
+
+
+class Anything(str):
+    """A socket type that takes every other."""
+
+    def __ne__(self, other):
+        return False
+
+
+def flatten(value, name, found):
+    """Every tensor in a value, by path."""
+    if isinstance(value, torch.Tensor):
+        found[name] = value.detach().clone().contiguous().cpu()
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            flatten(v, f"{name}/{k}", found)
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            flatten(v, f"{name}/{i}", found)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        found[name] = torch.tensor(float(value))
+    return found
+
+
+class TestDump:
+    """Writes the tensors in its input to output/<name>.safetensors."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "tests", "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (Anything("*"),), "name": ("STRING", {"default": "x"})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, value, name):
+        file = os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors")
+        safetensors.torch.save_file(flatten(value, "x", {}), file)
+        return {"ui": {"text": [str(value)[:2000]]}}
+
+
+class TestModelHash:
+    """Hash of all weights, patches and settings of MODEL and CLIP."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "tests", "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"model": ("MODEL",), "clip": ("CLIP",)},
+            "optional": {"after": (Anything("*"),)},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **kwargs):
+        return float("nan")
+
+    def run(self, model, clip, after=None):
+        digest = hashlib.sha256()
+        for patcher in (model, clip.patcher):
+            for name, x in sorted(patcher.model.state_dict().items()):
+                original = patcher.backup.get(name)
+                x = x if original is None else original.weight
+                digest.update(name.encode() + x.detach().float().cpu().numpy().tobytes())
+            digest.update(repr(sorted(patcher.patches)).encode())
+            digest.update(repr(sorted(patcher.model_options["transformer_options"])).encode())
+            hooks = [len(m._forward_hooks) for m in patcher.model.modules()]
+            flags = [p.requires_grad for p in patcher.model.parameters()]
+            digest.update(repr((sum(hooks), sum(flags))).encode())
+        return {"ui": {"text": [digest.hexdigest()]}}
+
+
+class TestAttentionPatch:
+    """What IPAdapter and its kin do: replaces every cross-attention, chaining what was there before."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "scale": ("FLOAT", {"default": 0.9})}}
+
+    def run(self, model, scale):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        extra = torch.linspace(-1, 1, 7)
+
+        def replace(q, k, v, options):
+            out = optimized_attention(q, k, v, options["n_heads"])
+            return out * scale + extra.mean().to(out)
+
+        patched = model.clone()
+        for block in [
+            ("input", 1),
+            ("input", 3),
+            ("middle", 0),
+            *[("output", i) for i in range(4)],
+        ]:
+            patched.set_model_attn2_replace(replace, *block)
+        return (patched,)
+
+
+class TestOutOfMemory:
+    """A patch that reports exhausted memory while gradients are on and the batch is above a limit."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "limit": ("INT", {"default": 4})}}
+
+    def run(self, model, limit):
+        patched = model.clone()
+
+        def patch(n, context, value, options):
+            if torch.is_grad_enabled() and len(n) > limit:
+                raise torch.OutOfMemoryError("test")
+            return n, context, value
+
+        patched.set_model_attn2_patch(patch)
+        return (patched,)
+
+
+class TestSlow:
+    """A patch that makes every pass through the UNet take a while, so that it can be interrupted."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "seconds": ("FLOAT", {"default": 0.01})}}
+
+    def run(self, model, seconds):
+        patched = model.clone()
+
+        def patch(x, options):
+            time.sleep(seconds)
+            return x
+
+        patched.set_model_attn2_output_patch(patch)
+        return (patched,)
+
+
+class TestControlNet:
+    """A small random ControlNet of the model's shape."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("CONTROL_NET",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "seed": ("INT", {"default": 0})}}
+
+    def run(self, model, seed):
+        import comfy.cldm.cldm
+        import comfy.controlnet
+        import comfy.ops
+
+        config = dict(model.model.model_config.unet_config)
+        for name in ("out_channels", "transformer_depth_output", "disable_unet_model_creation"):
+            config.pop(name, None)
+        with torch.inference_mode(False):
+            net = comfy.cldm.cldm.ControlNet(
+                hint_channels=3, device="cpu", operations=comfy.ops.disable_weight_init, **config
+            )
+            generator = torch.Generator().manual_seed(seed)
+            for p in net.parameters():
+                p.data = torch.randn(p.shape, generator=generator) * 0.02
+        return (
+            comfy.controlnet.ControlNet(net, load_device=model.load_device, compression_ratio=8),
+        )
+
+
+NODE_CLASS_MAPPINGS = {
+    c.__name__: c
+    for c in (
+        TestDump,
+        TestModelHash,
+        TestAttentionPatch,
+        TestOutOfMemory,
+        TestSlow,
+        TestControlNet,
+    )
+}

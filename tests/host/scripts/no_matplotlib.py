@@ -1,0 +1,22 @@
+"""The curves' picture where matplotlib cannot be imported."""
+
+import sys
+
+from inside import import_pack, part, start_comfyui
+
+start_comfyui()
+import_pack()
+sys.modules["matplotlib"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+
+identity = part("em_core.diffusion").ModelIdentity("sd1", "x", {"clip_l": 4}, torch.zeros(1))
+concepts = part("em_core.concept_set").ConceptSet(
+    (part("em_core.concepts").Concept("rex"),),
+    {"rex": {"clip_l": torch.zeros(1, 4)}},
+    identity,
+    curves={"loss/total": [(1, 0.5), (2, 0.4)]},
+)
+image = part("nodes.results").curves_image(concepts)
+assert image.ndim == 4 and image.shape[-1] == 3 and image.min() < 0.5, image.shape
+sys.stdout.write("fine\n")

@@ -1,0 +1,132 @@
+"""What a user can get wrong shows on the node, in words."""
+
+from typing import Any
+
+import pytest
+from graphs import learning
+from server import Builder, Failed, Server
+
+
+def example(prompt: str, masks: bool = False, count: int = 2) -> Builder:
+    """A graph of a ConceptExample alone."""
+    b = Builder()
+    scene = b.add("DemoScene", seed=3, kind="A")
+    given = {"masks": b.add("SolidMask", value=1.0, width=64, height=64)} if masks else {}
+    b.add("TestDump", value=b.add("ConceptExample", image=scene, prompt=prompt, **given), name="e")
+    return b
+
+
+@pytest.mark.parametrize(
+    ("prompt", "masks", "message"),
+    [
+        ("", False, "prompt is empty"),
+        ("a photo of a dog", False, "No concept"),
+        ("<rex:star> and <rex>", False, "more than once"),
+        ("a photo of <rex:star", False, "Unbalanced"),
+        ("a photo of <1 2:star>", False, "Bad concept name"),
+        ("<rex:star> and <doll:heart>", True, "Expected 2"),
+    ],
+)
+def test_examples(server: Server, prompt: str, masks: bool, message: str) -> None:
+    with pytest.raises(Failed, match=message) as error:
+        server.run(example(prompt, masks).graph)
+    assert error.value.node == "ConceptExample"
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "..", "con", "a b", "x.safetensors"])
+def test_names_stay_in_their_folder(server: Server, name: str) -> None:
+    p = learning()
+    p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=True, exports=True)
+    with pytest.raises(Failed, match="Bad name"):
+        server.run(p.b.graph)
+
+
+def test_saving_over_a_file_needs_a_choice(server: Server) -> None:
+    def save(overwrite: bool, steps: int) -> Any:
+        p = learning(steps=steps)
+        p.b.add("SaveConcepts", concepts=p.learn, name="once", overwrite=overwrite, exports=True)
+        return p.b.graph
+
+    server.run(save(True, 2))
+    file = server.base / "models" / "visual_concepts" / "once.safetensors"
+    before = file.read_bytes()
+    with pytest.raises(Failed, match="already"):
+        server.run(save(False, 3))
+    assert file.read_bytes() == before
+    server.run(save(True, 3))
+    assert file.read_bytes() != before
+
+
+def test_full_disk(server: Server) -> None:
+    """A folder that cannot take the file: the message names it and nothing is left behind."""
+    folder = server.base / "models" / "embeddings" / "disk_rex.safetensors"
+    folder.mkdir()
+    p = learning()
+    p.b.add("SaveConcepts", concepts=p.learn, name="disk", overwrite=True, exports=True)
+    try:
+        with pytest.raises(Failed, match="Could not write"):
+            server.run(p.b.graph)
+        assert not (server.base / "models" / "visual_concepts" / "disk.safetensors").exists()
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "given"}, "No mask"),
+        ({"steps": 0}, "smaller than min"),
+        ({"joint": "full", "memory": "8 GB"}, "does not fit"),
+    ],
+    ids=["no-masks", "no-steps", "no-memory"],
+)
+def test_learning(server: Server, changes: dict[str, Any], message: str) -> None:
+    p = learning(**changes)
+    if changes.get("mode") == "given":
+        p.b.graph[p.examples.id]["inputs"].pop("masks")
+    p.b.add("TestDump", value=p.learn[1], name="x")
+    with pytest.raises(Failed, match=message):
+        server.run(p.b.graph)
+
+
+def test_a_word_that_the_demo_model_does_not_know(server: Server) -> None:
+    b = Builder()
+    model = b.add("LoadDemoModel")
+    b.add("TestDump", value=b.add("CLIPTextEncode", clip=model[1], text="a dragon"), name="x")
+    with pytest.raises(Failed, match="does not know the word 'dragon'"):
+        server.run(b.graph)
+
+
+def test_nothing_known_of_a_name(server: Server) -> None:
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    found = b.add(
+        "ExtractLatentMasks",
+        model=model,
+        clip=model[1],
+        vae=model[2],
+        image=scene,
+        prompt="a photo of <rex>",
+    )
+    b.add("TestDump", value=found, name="x")
+    with pytest.raises(Failed, match="Nothing is known of <rex>"):
+        server.run(b.graph)
+
+
+def test_masks_of_another_count(server: Server) -> None:
+    b = Builder()
+    scene = b.add("DemoScene", seed=3, kind="A")
+    one = b.add("SolidMask", value=1.0, width=64, height=64)
+    b.add("TestDump", value=b.add("CompareMasks", mask=one, reference=scene[2]), name="x")
+    with pytest.raises(Failed, match="Cannot compare 1 masks with 2"):
+        server.run(b.graph)
+
+
+def test_damaged_concept_file(server: Server) -> None:
+    file = server.base / "models" / "visual_concepts" / "broken.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"\x80\x04pickle")
+    b = Builder()
+    b.add("TestDump", value=b.add("LoadConcepts", name="broken.safetensors"), name="x")
+    with pytest.raises(Failed, match="no whole safetensors file"):
+        server.run(b.graph)

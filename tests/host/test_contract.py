@@ -1,0 +1,81 @@
+"""Ids, inputs, order and types are a contract; loading is quick and needs no extra."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from found import ROOT, run_script
+from server import Server
+from workflow_ui import to_api
+
+SNAPSHOT = Path(__file__).parent / "schema.json"
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+IDS = {
+    "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
+    "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks",
+}  # fmt: skip
+
+
+def ours(server: Server) -> dict[str, Any]:
+    """The nodes that this pack registers."""
+    info = server.get("/object_info")
+    return {
+        n: of for n, of in info.items() if "visual-concepts" in str(of.get("python_module", ""))
+    }
+
+
+def contract(info: dict[str, Any]) -> dict[str, Any]:
+    """What must not change: the rest (texts, limits) may."""
+    return {
+        name: {
+            "inputs": [
+                [kind, key, spec[0] if isinstance(spec[0], str) else "COMBO"]
+                for kind in ("required", "optional")
+                for key, spec in of["input"].get(kind, {}).items()
+            ],
+            "outputs": list(zip(of["output"], of["output_name"], strict=True)),
+            "output_node": of["output_node"],
+        }
+        for name, of in sorted(info.items())
+    }
+
+
+def test_schema_snapshot(server: Server) -> None:
+    found = json.loads(json.dumps(contract(ours(server))))
+    assert found == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def test_every_node_explains_itself(server: Server) -> None:
+    info = ours(server)
+    assert set(info) == IDS
+    for name, of in info.items():
+        assert of["display_name"] and of["description"], name
+        for kind in ("required", "optional"):
+            for key, spec in of["input"].get(kind, {}).items():
+                assert spec[1].get("tooltip"), f"{name}.{key} has no tooltip"
+
+
+def test_loads_in_under_a_second_without_extras(comfyui: Path) -> None:
+    report = json.loads(run_script(comfyui, "load_time.py").splitlines()[-1])
+    assert report["heavy"] == [], report
+    assert report["seconds"] < 1, report
+
+
+def test_curves_say_what_they_need(comfyui: Path) -> None:
+    """Without matplotlib there is a picture that says so, and no failure after a long run."""
+    assert "fine" in run_script(comfyui, "no_matplotlib.py")
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_workflow_runs(server: Server, file: Path) -> None:
+    """As shipped, but for fewer steps; no missing node, in the template list with a thumbnail."""
+    graph = to_api(json.loads(file.read_text(encoding="utf-8")), server.get("/object_info"))
+    for node in graph.values():
+        if node["class_type"] == "LearnConcepts":
+            node["inputs"]["steps"] = 4
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    assert server.run(graph)
+    assert file.stem in server.get("/workflow_templates")["visual-concepts"]
+    assert file.with_suffix(".jpg").is_file()

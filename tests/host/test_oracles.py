@@ -1,0 +1,160 @@
+"""Core ComfyUI's own nodes say whether what we give is right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from found import run_script
+from graphs import PROMPT, applied, learning, sample
+from server import Builder, Server
+
+LONG = " and ".join(
+    ["a photo of <rex>", *["a red star on sand"] * 12, "(<doll>:1.3)", "(a star:0.7)"]
+)
+TEXTS = [PROMPT, "(<rex>:1.2), a photo, <doll>, (on grass:0.8)", LONG]
+
+
+@pytest.fixture(scope="module")
+def saved(server: Server) -> Server:
+    """A server on which two concepts of several vectors, and a LoRA, are learned and saved."""
+    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p.b.add("SaveConcepts", concepts=p.learn, name="two", overwrite=True, exports=True)
+    p.b.add("SaveLoRA", lora=p.learn[2], prefix="loras/trained", steps=4)
+    p.b.add("LossGraphNode", loss=p.learn[3], filename_prefix="loss")
+    outputs = server.run(p.b.graph)
+    assert any("embedding:two_rex" in str(of) for of in outputs.values())
+    return server
+
+
+def stock_words(text: str) -> str:
+    """The prompt as one writes it without this pack."""
+    return text.replace("<rex>", " embedding:two_rex ").replace("<doll>", " embedding:two_doll ")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["plain", "weights", "long"])
+def test_conditioning_equals_stock_embeddings(saved: Server, text: str) -> None:
+    p = learning(joint="lora", joint_steps=4, vectors=3)
+    lora = p.b.add(
+        "LoraLoader", model=p.model, clip=p.model[1], lora_name="two.safetensors",
+        strength_model=1.0, strength_clip=1.0,
+    )  # fmt: skip
+    for name, clip, words in (("ours", applied(p)[1], text), ("stock", lora[1], stock_words(text))):
+        encoded = p.b.add("CLIPTextEncode", clip=clip, text=words)
+        p.b.add("TestDump", value=encoded, name=name)
+    saved.run(p.b.graph)
+    ours, stock = saved.dumped("ours"), saved.dumped("stock")
+    assert ours["x/0/0"].shape[1] == (154 if text == LONG else 77)
+    assert set(ours) == set(stock)
+    for name in ours:
+        assert torch.equal(ours[name], stock[name]), name
+
+
+def test_lora_loader_gives_the_same_pictures(saved: Server) -> None:
+    before = len(saved.log_text())
+    p = learning(joint="lora", joint_steps=4, vectors=3)
+    ours = applied(p)
+    lora = p.b.add(
+        "LoraLoader", model=p.model, clip=p.model[1], lora_name="two.safetensors",
+        strength_model=1.0, strength_clip=1.0,
+    )  # fmt: skip
+    plain = sample(p.b, p.model, p.model[1], "a photo of a star on grass")
+    for name, node in (
+        ("ours", sample(p.b, ours, ours[1], PROMPT)),
+        ("stock", sample(p.b, lora, lora[1], stock_words(PROMPT))),
+        ("plain", plain),
+    ):
+        p.b.add("TestDump", value=node, name=name)
+    saved.run(p.b.graph)
+    ours_x, stock_x = saved.dumped("ours")["x/samples"], saved.dumped("stock")["x/samples"]
+    assert torch.equal(ours_x, stock_x)
+    assert not torch.equal(ours_x, saved.dumped("plain")["x/samples"])
+    log = saved.log_text()[before:]
+    assert "lora key not loaded" not in log and "NOT LOADED" not in log
+
+
+def test_core_saves_our_lora(saved: Server) -> None:
+    """The file of core's SaveLoRA holds what SaveConcepts exports."""
+    from safetensors.torch import load_file
+
+    (file,) = (saved.base / "output" / "loras").glob("trained_4_steps_*.safetensors")
+    ours = load_file(saved.base / "models" / "loras" / "two.safetensors")
+    core = load_file(file)
+    assert set(core) == set(ours) and all(torch.equal(core[n], ours[n]) for n in ours)
+
+
+def test_saved_concepts_load_again(saved: Server) -> None:
+    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p.b.add("TestDump", value=applied(p)[1], name="unused")
+    b = Builder()
+    model = b.add("LoadDemoModel")
+    loaded = b.add("LoadConcepts", name="two.safetensors")
+    clip = b.add("ApplyConceptTokens", model=model, clip=model[1], concepts=loaded, strength=1.0)
+    b.add("TestDump", value=b.add("CLIPTextEncode", clip=clip[1], text=PROMPT), name="loaded")
+    fresh = applied(p)
+    p.b.add("TestDump", value=p.b.add("CLIPTextEncode", clip=fresh[1], text=PROMPT), name="fresh")
+    saved.run(b.graph)
+    saved.run(p.b.graph)
+    assert torch.equal(saved.dumped("loaded")["x/0/0"], saved.dumped("fresh")["x/0/0"])
+
+
+def test_strength_zero_is_the_start_words(saved: Server) -> None:
+    """At strength 0 a concept of one vector per piece is its words."""
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    example = b.add("ConceptExample", image=scene, prompt="a photo of <rex:red star> on <bg:grass>")
+    learn = b.add(
+        "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=example, mode="none",
+        steps=3, seed=0, joint="none", memory="auto", vectors=2,
+    )  # fmt: skip
+    for name, strength in (("zero", 0.0), ("one", 1.0)):
+        clip = b.add(
+            "ApplyConceptTokens", model=model, clip=model[1], concepts=learn, strength=strength
+        )
+        b.add(
+            "TestDump",
+            value=b.add("CLIPTextEncode", clip=clip[1], text="a photo of <rex>"),
+            name=name,
+        )
+    words = b.add("CLIPTextEncode", clip=model[1], text="a photo of red star")
+    b.add("TestDump", value=words, name="words")
+    saved.run(b.graph)
+    assert torch.equal(saved.dumped("zero")["x/0/0"], saved.dumped("words")["x/0/0"])
+    assert not torch.equal(saved.dumped("one")["x/0/0"], saved.dumped("words")["x/0/0"])
+
+
+def test_layout_against_a_written_out_softmax(comfyui: Path) -> None:
+    assert "fine" in run_script(comfyui, "layout.py")
+
+
+def test_layout_in_a_graph(saved: Server) -> None:
+    """Masks of everything change nothing; masks of one half do; a patch of another pack keeps acting."""
+    p = learning(joint="lora", joint_steps=4, vectors=3)
+    half = p.b.add("SolidMask", value=0.0, width=32, height=64)
+    full = p.b.add("SolidMask", value=1.0, width=64, height=64)
+    half = p.b.add("MaskComposite", destination=full, source=half, x=32, y=0, operation="multiply")
+    patched = p.b.add("TestAttentionPatch", model=p.model, scale=0.5)
+    cases = {
+        "none": (p.model, None),
+        "full": (p.model, full),
+        "half": (p.model, half),
+        "patch": (patched, full),
+    }
+    for name, (model, mask) in cases.items():
+        given = {}
+        if mask is not None:
+            image = p.b.add("RepeatImageBatch", image=p.b.add("MaskToImage", mask=mask), amount=2)
+            given = {"masks": p.b.add("ImageToMask", image=image, channel="red")}
+        ours = p.b.add(
+            "ApplyConceptTokens",
+            model=model,
+            clip=p.model[1],
+            concepts=p.learn,
+            strength=1.0,
+            **given,
+        )
+        p.b.add("TestDump", value=sample(p.b, ours, ours[1], PROMPT), name=name)
+    saved.run(p.b.graph)
+    found = {name: saved.dumped(name)["x/samples"] for name in cases}
+    torch.testing.assert_close(found["full"], found["none"], atol=1e-3, rtol=1e-3)
+    assert (found["half"] - found["none"]).abs().max() > 0.01
+    assert (found["patch"] - found["none"]).abs().max() > 0.01

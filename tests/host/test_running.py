@@ -1,0 +1,217 @@
+"""Whole graphs through the HTTP API of a running server."""
+
+import re
+import time
+
+import pytest
+import torch
+from graphs import PROMPT, applied, learning, sample
+from server import Builder, Failed, Server
+
+
+def texts(outputs: dict, node: str) -> str:
+    return str(outputs[node]["text"][0])
+
+
+def test_learn_apply_sample_decode_save(server: Server) -> None:
+    """The first graph of a newcomer, with everything of ours in it."""
+    p = learning(joint="lora", joint_steps=3)
+    for i, kind in enumerate(("mask", "lora", "loss", "image"), start=1):
+        p.b.add("TestDump", value=p.learn[i], name=kind)
+    ours = applied(p)
+    picture = p.b.add("VAEDecode", samples=sample(p.b, ours, ours[1], PROMPT), vae=p.model[2])
+    p.b.add("TestDump", value=picture, name="picture")
+    p.b.add("SaveImage", images=picture, filename_prefix="learned")
+    compare = p.b.add("CompareMasks", mask=p.learn[1], reference=p.scene[2])
+    p.b.add("TestDump", value=compare[1], name="iou")
+    p.b.add("PreviewImage", images=compare[2])
+    server.run(p.b.graph)
+    assert server.dumped("mask")["x"].shape == (2, 64, 64)
+    assert server.dumped("picture")["x"].shape == (1, 64, 64, 3)
+    assert len(server.dumped("loss")) == 8 + 3
+    assert 0 <= float(server.dumped("iou")["x"]) <= 1
+    assert list((server.base / "output").glob("learned_*.png"))
+
+
+def test_control_net(server: Server) -> None:
+    p = learning()
+    ours = applied(p)
+    net = p.b.add("TestControlNet", model=p.model, seed=0)
+    positive = p.b.add("CLIPTextEncode", clip=ours[1], text=PROMPT)
+    hint = p.b.add(
+        "ImageScale",
+        image=p.scene,
+        upscale_method="bilinear",
+        width=128,
+        height=128,
+        crop="disabled",
+    )
+    guided = p.b.add(
+        "ControlNetApply", conditioning=positive, control_net=net, image=hint, strength=1.0
+    )
+    p.b.add("TestDump", value=sample(p.b, ours, ours[1], PROMPT, guided), name="guided")
+    p.b.add("TestDump", value=sample(p.b, ours, ours[1], PROMPT), name="free")
+    server.run(p.b.graph)
+    guided_x, free_x = server.dumped("guided")["x/samples"], server.dumped("free")["x/samples"]
+    assert torch.isfinite(guided_x).all() and not torch.equal(guided_x, free_x)
+
+
+def test_latent_upscale_and_second_sampler(server: Server) -> None:
+    p = learning()
+    ours = applied(p)
+    first = sample(p.b, ours, ours[1], PROMPT)
+    larger = p.b.add("LatentUpscaleBy", samples=first, upscale_method="bilinear", scale_by=1.5)
+    second = sample(p.b, ours, ours[1], PROMPT, latent=larger, denoise=0.5)
+    p.b.add("TestDump", value=p.b.add("VAEDecode", samples=second, vae=p.model[2]), name="large")
+    server.run(p.b.graph)
+    assert server.dumped("large")["x"].shape == (1, 96, 96, 3)
+
+
+def test_patch_of_another_pack_counts_and_survives(server: Server) -> None:
+    """Learning sees the patch, sampling still has it, and the pass through both is not the plain one."""
+    plain = learning()
+    plain.b.add("TestDump", value=plain.learn[3], name="plain")
+    server.run(plain.b.graph)
+    p = learning("TestAttentionPatch", {"scale": 0.5})
+    p.b.add("TestDump", value=p.learn[3], name="patched")
+    patch = p.b.add("TestAttentionPatch", model=p.model, scale=0.5)
+    ours = applied(p, patch)
+    p.b.add("TestDump", value=sample(p.b, ours, ours[1], PROMPT), name="with")
+    ours = applied(p)
+    p.b.add("TestDump", value=sample(p.b, ours, ours[1], PROMPT), name="without")
+    server.run(p.b.graph)
+    assert server.dumped("plain")["x/loss/0"] != server.dumped("patched")["x/loss/0"]
+    assert not torch.equal(
+        server.dumped("with")["x/samples"], server.dumped("without")["x/samples"]
+    )
+
+
+def test_lora_before_learning_counts(server: Server) -> None:
+    """A LoRA upstream changes the losses, and the key of the run."""
+    p = learning(joint="lora", joint_steps=3, joint_learning_rate=0.05)
+    p.b.add("SaveConcepts", concepts=p.learn, name="upstream", overwrite=True, exports=True)
+    p.b.add("TestDump", value=p.learn[3], name="first")
+    server.run(p.b.graph)
+    inputs = {"lora_name": "upstream.safetensors", "strength_model": 1.0}
+    p = learning(
+        "LoraLoaderModelOnly", inputs, joint="lora", joint_steps=3, joint_learning_rate=0.05
+    )
+    p.b.add("TestDump", value=p.learn[3], name="second")
+    p.b.add("TestModelHash", model=p.model, clip=p.model[1], after=p.learn)
+    server.run(p.b.graph)
+    assert server.dumped("first")["x/loss/0"] != server.dumped("second")["x/loss/0"]
+
+
+def test_interrupted_and_queued_again(server: Server) -> None:
+    """Stopped in the middle and queued again: the same, bit for bit, as never stopped."""
+    slow = {"seconds": 0.015}
+    p = learning("TestSlow", slow, steps=40, seed=6, joint="lora", joint_steps=4)
+    p.b.add("SaveConcepts", concepts=p.learn, name="stopped", overwrite=True, exports=False)
+    runs = server.base / "user" / "visual_concepts" / "runs"
+    before = set(runs.glob("*.state.safetensors"))
+    prompt = server.queue(p.b.graph)
+    deadline = time.monotonic() + 60
+    while "Learning concepts" not in server.log_text()[-2000:] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    asked = time.monotonic()
+    server.post("/interrupt", {})
+    entry = server.wait(prompt, 30)
+    assert time.monotonic() - asked < 5
+    kinds = [kind for kind, _ in entry["status"]["messages"]]
+    assert "execution_interrupted" in kinds, kinds
+    assert len(set(runs.glob("*.state.safetensors")) - before) == 1
+    server.run(p.b.graph)
+    stopped = (server.base / "models" / "visual_concepts" / "stopped.safetensors").read_bytes()
+    assert not set(runs.glob("*.state.safetensors")) - before
+    for file in runs.glob("*.concepts.safetensors"):
+        file.unlink()
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    again = learning("TestSlow", slow, steps=40, seed=6, joint="lora", joint_steps=4)
+    again.b.add("SaveConcepts", concepts=again.learn, name="whole", overwrite=True, exports=False)
+    again.b.add("TestDump", value=again.learn[1], name="uncached")
+    time.sleep(1)
+    server.run(again.b.graph)
+    whole_file = (server.base / "models" / "visual_concepts" / "whole.safetensors").read_bytes()
+    assert whole_file == stopped
+
+
+def test_finished_run_is_found_after_a_restart(comfyui, server: Server) -> None:  # type: ignore[no-untyped-def]
+    p = learning(seed=11, steps=6)
+    p.b.add("SaveConcepts", concepts=p.learn, name="found", overwrite=True, exports=False)
+    server.run(p.b.graph)
+    first = (server.base / "models" / "visual_concepts" / "found.safetensors").read_bytes()
+    server.stop()
+    server.start()
+    before = len(server.log_text())
+    server.run(p.b.graph)
+    log = server.log_text()[before:]
+    assert "learned before" in log and "Learning concepts with" not in log
+    assert (server.base / "models" / "visual_concepts" / "found.safetensors").read_bytes() == first
+
+
+def test_next_smaller_preset_after_out_of_memory(server: Server) -> None:
+    p = learning("TestOutOfMemory", {"limit": 1}, memory="12 GB", batch=2, seed=21)
+    p.b.add("TestDump", value=p.learn[3], name="fallback")
+    server.run(p.b.graph)
+    assert len(server.dumped("fallback")) == 8
+    assert "Out of memory with preset 12 GB" in server.log_text()
+
+
+def test_clear_error_when_memory_never_suffices(server: Server) -> None:
+    p = learning("TestOutOfMemory", {"limit": 0}, memory="12 GB", batch=2, seed=22)
+    p.b.add("TestDump", value=p.learn[3], name="never")
+    with pytest.raises(Failed, match="Not enough memory"):
+        server.run(p.b.graph)
+    p = learning()
+    p.b.add("TestDump", value=p.learn[3], name="usable")
+    server.run(p.b.graph)
+
+
+def test_twenty_runs(server: Server) -> None:
+    """Memory does not grow, and the model is what it was."""
+    hashes, sizes = set(), []
+    for i in range(20):
+        p = learning(steps=2, seed=100 + i, joint="lora", joint_steps=1, e_step_every=2)
+        node = p.b.add("TestModelHash", model=p.model, clip=p.model[1], after=p.learn)
+        hashes.add(texts(server.run(p.b.graph), node.id))
+        sizes.append(resident(server))
+    b = Builder()
+    fresh = b.add("LoadDemoModel")
+    alone = b.add("TestModelHash", model=fresh, clip=fresh[1])
+    hashes.add(texts(server.run(b.graph), alone.id))
+    assert len(hashes) == 1
+    assert max(sizes[-5:]) - max(sizes[5:10]) < 24, sizes
+
+
+def resident(server: Server) -> float:
+    """Megabytes of the server's memory."""
+    assert server.process is not None
+    with open(f"/proc/{server.process.pid}/status") as status:
+        found = re.search(r"VmRSS:\s+(\d+)", status.read())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def test_text_to_mask(server: Server) -> None:
+    """Words alone, refined, against the scene's truth: better than covering everything."""
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    found = b.add(
+        "ExtractLatentMasks", model=model, clip=model[1], vae=model[2], image=scene, prompt=scene[1],
+        passes=10, crf="off",
+    )  # fmt: skip
+    refined = b.add("RefineCRF", image=scene, mask=found, preset="demo", together=True, soft=False)
+    b.add("TestDump", value=found[1], name="heat")
+    compare = b.add("CompareMasks", mask=refined, reference=scene[2])
+    b.add("TestDump", value=compare[1], name="found_iou")
+    everything = b.add("SolidMask", value=1.0, width=64, height=64)
+    both = b.add("RepeatImageBatch", image=b.add("MaskToImage", mask=everything), amount=2)
+    compare = b.add(
+        "CompareMasks", mask=b.add("ImageToMask", image=both, channel="red"), reference=scene[2]
+    )
+    b.add("TestDump", value=compare[1], name="chance_iou")
+    b.add("TestModelHash", model=model, clip=model[1], after=found)
+    server.run(b.graph)
+    assert server.dumped("heat")["x"].shape == (2, 64, 64, 3)
+    assert server.dumped("found_iou")["x"] > server.dumped("chance_iou")["x"]
