@@ -39,6 +39,7 @@ def quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
         from diffusers.utils import logging as diffusers_logging
 
+        diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_progress_bar()
     except ImportError:
         return  # loading the model says what is missing

@@ -17,6 +17,7 @@ from numpy import ndarray
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
+from ..errors import UserError
 from . import shapes, textures, vocabulary
 
 SIZE = textures.SIZE
