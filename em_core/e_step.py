@@ -55,8 +55,7 @@ def e_step_picture(
     maps = average_rounds(picture, this_round(problem, state, prepared, picture), settings)
     estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
-    if settings.masks.acceptance == "contrast":
-        accepted = accepted & (estimate.contrast >= picture.contrast)
+    accepted &= estimate.contrast >= settings.masks.acceptance * picture.contrast
     pixels = accepted[:, None, None]
     return PictureState(
         maps=maps,

@@ -39,7 +39,7 @@ def literal(settings: EMSettings) -> EMSettings:
         soft=False,
         all_layers=True,
         threshold=0.4,
-        acceptance="none",
+        acceptance=0.0,
     )
     return replace(
         settings, e_step_every=1, refresh=1, free_statistics=False, averaging="latest", masks=masks

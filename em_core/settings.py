@@ -29,8 +29,8 @@ class MaskSettings:
         soft: train under the CRF's marginals instead of its labels.
         crf: DenseCRF settings, or None for no refinement.
         guards: when a new mask is not believed.
-        acceptance: "contrast": a new mask must stand out in its map at least as well as the present
-            one did in its own; "none": every mask that the guards believe (VCD).
+        acceptance: share of the present mask's contrast (how far its map is higher inside than
+            outside) that a new mask must reach; 0 takes every mask that the guards believe (VCD).
     """
 
     init_timesteps: int = 50
@@ -42,7 +42,7 @@ class MaskSettings:
     soft: bool = True
     crf: CRFSettings | None = field(default_factory=CRFSettings)
     guards: Guards = field(default_factory=Guards)
-    acceptance: Literal["contrast", "none"] = "contrast"
+    acceptance: float = 0.9
 
 
 @dataclass(frozen=True)

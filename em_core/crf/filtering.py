@@ -57,11 +57,6 @@ class LatticeFilter:
                 check_invariants=False,
             )
 
-    @cached_property
-    def of_ones(self) -> Float[Tensor, "n 1"]:
-        """The filtered constant 1."""
-        return self(self.slice_weight.new_ones(len(self.slice_weight), 1))
-
 
 def bags_are_fast(device: torch.device) -> bool:
     """Whether to gather by embedding bags. On a GPU they leave most of a warp idle at few channels."""

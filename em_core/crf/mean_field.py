@@ -25,26 +25,17 @@ class DenseCRF:
     Edge Potentials", 2011, algorithm 1.
     """
 
-    def __init__(
-        self, kernels: Sequence[tuple[LatticeFilter, float]], points: int, device: torch.device
-    ):
+    def __init__(self, kernels: Sequence[tuple[LatticeFilter, float]]):
         """
         Args:
             kernels: filters over the same points with their weights, none negative.
-            points: how many points each filter is over.
-            device: where the filters' tables are.
         """
         self.kernels = tuple(kernels)
-        self.attraction = torch.zeros(points, 1, device=device)
-        for kernel, weight in self.kernels:
-            self.attraction.add_(kernel.of_ones, alpha=weight)
 
     @classmethod
     def of_features(cls, kernels: Sequence[tuple[Float[Tensor, "_ n"], float]]) -> "DenseCRF":
         """CRF over n points from features in units of each kernel's standard deviation, with weights."""
-        features = kernels[0][0]
-        built = [(normalised_filter(features), weight) for features, weight in kernels]
-        return cls(built, features.shape[1], features.device)
+        return cls([(normalised_filter(features), weight) for features, weight in kernels])
 
     @classmethod
     def of_image(cls, image: Float[Tensor, "3 h w"], settings: CRFSettings) -> "DenseCRF":
@@ -62,7 +53,7 @@ class DenseCRF:
                 image, settings.bilateral_theta_xy * scale, settings.bilateral_theta_rgb
             )
             kernels.append((normalised_filter(features), settings.bilateral_weight))
-        return cls(kernels, height * width, image.device)
+        return cls(kernels)
 
     def message(self, Q: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         """sum_m w_m D_m^-1/2 K_m D_m^-1/2 Q, the term i = j included."""
@@ -77,33 +68,38 @@ class DenseCRF:
     def infer(self, unary: Float[Tensor, "labels n"], iterations: int) -> Float[Tensor, "labels n"]:
         """Marginals Q of two labels or more: Q = softmax(-U), then Q <- softmax(-U + message(Q)).
 
-        A point's marginals sum to 1, so all labels but the last are filtered, and the last one's
-        message is that of all ones less the others'. Logits are relative to the last label's.
+        Logits count only up to a number common to all labels, so those of the last are taken for
+        0, and what is filtered is the others' lead in probability over the last.
         """
         if len(unary) < 2:
             raise ValueError(f"Bad unary. Expected at least 2 labels, got {len(unary)}.")
         count = len(unary) - 1
-        Q = unary.new_zeros(unary.shape[1], padded(count))
-        base = torch.full_like(Q, NEVER)
-        Q[:, :count] = torch.softmax(-unary, dim=0)[:-1].t()
+        base = unary.new_full((unary.shape[1], padded(count)), NEVER)
         base[:, :count] = (unary[-1:] - unary[:-1]).t()
-        base -= self.attraction
-        normalise = softmax_for(base, self.attraction)
+        lead = self.lead_for(base)
+        logits = base
         for _ in range(iterations):
-            message = self.message(Q)
-            Q = normalise(message.add_(row_sum(message)).add_(base))
-        Q = Q[:, :count].t()
-        return torch.cat([Q, (1 - Q.sum(dim=0, keepdim=True)).clamp_(min=0)])
+            logits = self.message(lead(logits)).add_(base)
+        logits = F.pad(logits[:, :count], (0, 1)).t()
+        return torch.softmax(logits, dim=0)
 
     def infer_alone(self, logits: Float[Tensor, "k n"], iterations: int) -> Float[Tensor, "k n"]:
         """Foreground marginals of k binary problems over the same points, from log-odds."""
         count = len(logits)
-        first = F.pad(logits, (0, 0, 0, padded(count) - count)).t().contiguous()
-        Q = torch.sigmoid(first)
-        base = first - self.attraction
+        base = F.pad(logits, (0, 0, 0, padded(count) - count)).t().contiguous()
+        found = base
         for _ in range(iterations):
-            Q = torch.sigmoid(torch.add(base, self.message(Q), alpha=2.0))
-        return Q[:, :count].t().contiguous()
+            found = self.message(torch.tanh(found / 2)).add_(base)
+        return torch.sigmoid(found[:, :count].t().contiguous())
+
+    def lead_for(
+        self, base: Float[Tensor, "n c"]
+    ) -> Callable[[Float[Tensor, "n c"]], Float[Tensor, "n c"]]:
+        """The fastest function for the labels' lead that is safe for logits as they may arise."""
+        if base.shape[1] == 1:
+            return two_label_lead
+        reach = sum(weight for _, weight in self.kernels)
+        return small_lead if float(base.max()) + 2 * reach < EXP_LIMIT else any_lead
 
 
 def gaussian_filter(height: int, width: int, theta: float, device: torch.device) -> LatticeFilter:
@@ -123,22 +119,22 @@ def padded(channels: int) -> int:
     return 4 if channels == 3 else channels
 
 
-def softmax_for(
-    base: Float[Tensor, "n c"], attraction: Float[Tensor, "n 1"]
-) -> Callable[[Float[Tensor, "n c"]], Float[Tensor, "n c"]]:
-    """The fastest softmax that is safe for logits of at most `base` plus twice `attraction`.
-
-    It is over the c given logits and one of 0, and leaves the last out of the result.
-    """
-    if base.shape[1] == 1:
-        return torch.sigmoid
-    return small_softmax if float((base + 2 * attraction).max()) < EXP_LIMIT else any_softmax
+def two_label_lead(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
+    """Q_1 - Q_2 of the softmax of (logit, 0)."""
+    return torch.tanh(logits / 2)
 
 
-def small_softmax(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Without the usual subtraction of the maximum."""
-    powers = logits.exp_()
-    return powers.div_(row_sum(powers).add_(1))
+def small_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Q_l - Q_last of the softmax of (logits, 0), without subtracting the maximum first."""
+    powers = logits.clamp(max=EXP_LIMIT).exp_()
+    total = row_sum(powers).add_(1)
+    return powers.sub_(1).div_(total)
+
+
+def any_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """The same of logits of any size."""
+    Q = torch.softmax(F.pad(logits, (0, 1)), dim=1)
+    return Q[:, :-1] - Q[:, -1:]
 
 
 def row_sum(values: Float[Tensor, "n c"]) -> Float[Tensor, "n 1"]:
@@ -146,8 +142,3 @@ def row_sum(values: Float[Tensor, "n c"]) -> Float[Tensor, "n 1"]:
     if values.device.type == "cpu":
         return values @ values.new_ones(values.shape[1], 1)
     return values.sum(dim=1, keepdim=True)
-
-
-def any_softmax(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Of logits of any size."""
-    return torch.softmax(F.pad(logits, (0, 1)), dim=1)[:, :-1].contiguous()

@@ -105,7 +105,7 @@ def test_lora_before_learning_counts(server: Server) -> None:
 def test_interrupted_and_queued_again(server: Server) -> None:
     """Stopped in the middle and queued again: the same, bit for bit, as never stopped."""
     slow = {"seconds": 0.015}
-    p = learning("TestSlow", slow, steps=40, seed=6, joint="lora", joint_steps=4)
+    p = learning("TestSlow", slow, steps=24, seed=6, joint="lora", joint_steps=4)
     p.b.add("SaveConcepts", concepts=p.learn, name="stopped", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
@@ -127,7 +127,7 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     for file in runs.glob("*.concepts.safetensors"):
         file.unlink()
     server.post("/free", {"unload_models": True, "free_memory": True})
-    again = learning("TestSlow", slow, steps=40, seed=6, joint="lora", joint_steps=4)
+    again = learning("TestSlow", slow, steps=24, seed=6, joint="lora", joint_steps=4)
     again.b.add("SaveConcepts", concepts=again.learn, name="whole", overwrite=True, exports=False)
     again.b.add("TestDump", value=again.learn[1], name="uncached")
     time.sleep(1)

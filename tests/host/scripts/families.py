@@ -1,6 +1,6 @@
 """SD 1.x, SD 2.x (eps and v) and SDXL of ComfyUI's own classes, reduced, with random weights.
 
-`families.py FAMILY TYPE`: learns tokens and a LoRA, and checks what changed, what got gradients, and
+`families.py FAMILY-TYPE ...`: learns tokens and a LoRA, and checks what changed, what got gradients, and
 that the exports load through ComfyUI's own loaders. Exits with an error where something is not so.
 """
 
@@ -9,7 +9,7 @@ import logging
 import sys
 from typing import Any
 
-family, weights_type = sys.argv[1], sys.argv[2]
+cases, family, weights_type = sys.argv[1:], "", ""
 
 from inside import import_pack, part, start_comfyui  # noqa: E402
 
@@ -35,7 +35,8 @@ DTYPE = {
 }
 SMALL = {"num_hidden_layers": 3, "hidden_act": "gelu", "num_attention_heads": 2, "intermediate_size": 64,
          "max_position_embeddings": 77, "eos_token_id": 49407}  # fmt: skip
-WIDTHS = {"sd1": (64,), "sd2": (64,), "sd2v": (64,), "sdxl": (32, 64)}[family]
+ALL_WIDTHS = {"sd1": (64,), "sd2": (64,), "sd2v": (64,), "sdxl": (32, 64)}
+WIDTHS: tuple[int, ...] = ()
 
 
 def randomise(module: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
@@ -301,5 +302,8 @@ def check_checkpointing(
 
 
 with torch.inference_mode():
-    run()
-sys.stdout.write("fine\n")
+    for case in cases:
+        family, weights_type = case.split("-")
+        WIDTHS = ALL_WIDTHS[family]
+        run()
+        sys.stdout.write(f"{case} is fine\n")
