@@ -24,7 +24,7 @@ from .errors import UserError
 from .vectors import random_vectors, spread_pieces
 from .weights import DIFF, DOWN, differences_applied, lora_applied
 
-ENCODER = "clip_l"
+SD2_WIDTH = 1024
 WORD = re.compile(r"[a-z0-9']+")
 
 
@@ -105,6 +105,9 @@ class DiffusersHost:
         self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
         for module in (self.unet, self.vae, self.text_encoder):
             module.to(self.device, dtype).eval().requires_grad_(False)
+        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        # As embedding files call them: OpenCLIP-H of SD 2.x, CLIP-L of SD 1.x and its small kin.
+        self.encoder = "clip_h" if width == SD2_WIDTH else "clip_l"
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
         self.schedule = NoiseSchedule(
@@ -160,7 +163,7 @@ class DiffusersHost:
                 raise UserError(
                     f"Concept {part.name} has not been learned. Known: {', '.join(vectors)}."
                 )
-            count = len(vectors[part.name][ENCODER])
+            count = len(vectors[part.name][self.encoder])
             columns[part.name] = tuple(range(len(ids), len(ids) + count))
             ids += [tokenizer.bos_token_id] * count
         end, limit = len(ids), self.text_encoder.config.max_position_embeddings
@@ -197,7 +200,7 @@ class DiffusersHost:
             output = output.clone()
             for b, of_prompt in enumerate(columns):
                 for name, positions in of_prompt.items():
-                    output[b, list(positions)] = vectors[name][ENCODER].to(output)
+                    output[b, list(positions)] = vectors[name][self.encoder].to(output)
             return output
 
         handle = self.text_encoder.get_input_embeddings().register_forward_hook(replace)
@@ -224,8 +227,8 @@ class DiffusersHost:
         table = self.text_encoder.get_input_embeddings().weight.detach().float()
         ids = self.pieces(words)
         if not ids:
-            return {ENCODER: random_vectors(table, count, generator)}
-        return {ENCODER: spread_pieces(table[ids], count)}
+            return {self.encoder: random_vectors(table, count, generator)}
+        return {self.encoder: spread_pieces(table[ids], count)}
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
         found = {}
@@ -255,8 +258,8 @@ class DiffusersHost:
         sample = torch.stack([x[len(x) // 2] for x in flat]).float().cpu()
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         architecture = hashlib.sha256(shapes.encode()).hexdigest()
-        family = {768: "sd1", 1024: "sd2"}.get(width, f"sd-{width}")
-        return ModelIdentity(family, architecture, {ENCODER: width}, sample)
+        family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
+        return ModelIdentity(family, architecture, {self.encoder: width}, sample)
 
     @contextmanager
     def adapted(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
