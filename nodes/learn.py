@@ -159,7 +159,7 @@ def main_inputs() -> list[Any]:
             default=400,
             min=1,
             max=20000,
-            tooltip="Steps of learning tokens (demo model: 160).",
+            tooltip="Steps of learning tokens (demo model: 120).",
         ),
         io.Int.Input(
             "seed",
