@@ -16,58 +16,79 @@ WIDE = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
 
 
 @dataclass(frozen=True)
-class LatticeFilter:
-    """A linear map of values at n points: splat onto the lattice, blur there, slice back.
+class GroupSums:
+    """Weighted sums of a table's rows, one for each group of entries: a sparse matrix.
 
     Attributes:
-        lattice: the tables.
-        splat_weight: of each entry of `lattice.splat_point`.
-        slice_weight: of each entry of `lattice.slice_vertex`.
+        start: first entry of each group, then the number of entries.
+        rows: row of the table that each entry takes.
+        weights: of the entries.
+        table_size: rows of the table.
     """
 
-    lattice: Lattice
-    splat_weight: Float[Tensor, "classes n"]
-    slice_weight: Float[Tensor, "n classes"]
+    start: Int[Tensor, " groups_1"]
+    rows: Int[Tensor, " entries"]
+    weights: Float[Tensor, " entries"]
+    table_size: int
 
-    def __call__(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Filter c channels at once."""
-        return slice_back(self.lattice, self.slice_weight, blur(self.lattice, self.splat(values)))
-
-    def splat(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "vertices_1 c"]:
-        """Sum the points' values on their vertices; the missing vertex gets 0."""
-        lattice = self.lattice
-        if bags_are_fast(values.device):
-            points, weights = lattice.splat_point.view(-1), self.splat_weight.view(-1)
-            groups = gather_sum(values, points, weights, lattice.splat_start)
-        else:
-            groups = (self.splat_matrix @ values).contiguous()
-        return take_rows(groups, lattice.splat_group)
+    def __call__(self, table: Float[Tensor, "rows c"]) -> Float[Tensor, "groups c"]:
+        """The sums."""
+        if not matrix_is_fast(table):
+            return F.embedding_bag(
+                self.rows,
+                table,
+                self.start,
+                mode="sum",
+                per_sample_weights=self.weights,
+                include_last_offset=True,
+            )
+        if table.shape[1] == 1:
+            return torch.mv(self.matrix, table.view(-1))[:, None]
+        return (self.matrix @ table).contiguous()
 
     @cached_property
-    def splat_matrix(self) -> Shaped[Tensor, "groups n"]:
-        """The splat onto groups as a sparse matrix."""
-        start, size = self.lattice.splat_start, len(self.slice_weight)
+    def matrix(self) -> Shaped[Tensor, "groups rows"]:
+        """The same as a sparse matrix, which shares these tensors."""
+        size = (len(self.start) - 1, self.table_size)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(
-                start,
-                self.lattice.splat_point.view(-1),
-                self.splat_weight.view(-1),
-                (len(start) - 1, size),
-                check_invariants=False,
+                self.start, self.rows, self.weights, size, check_invariants=False
             )
 
 
-def bags_are_fast(device: torch.device) -> bool:
-    """Whether to gather by embedding bags. On a GPU they leave most of a warp idle at few channels."""
-    return device.type != "cuda"
+def matrix_is_fast(table: Float[Tensor, "rows c"]) -> bool:
+    """Whether a sparse product beats embedding bags.
+
+    On a GPU, bags leave most of a warp idle at few channels. On a CPU, the bags are faster but for
+    MKL's product with a vector.
+    """
+    if table.device.type == "cuda":
+        return True
+    return table.shape[1] == 1 and torch.backends.mkl.is_available()
+
+
+@dataclass(frozen=True)
+class LatticeFilter:
+    """A linear map of values at n points: splat onto the lattice, blur there, slice back."""
+
+    lattice: Lattice
+    splat: GroupSums
+    slice: GroupSums
+
+    def __call__(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Filter c channels at once."""
+        vertices = take_rows(self.splat(values), self.lattice.splat_group)
+        return self.slice(blur(self.lattice, vertices))
 
 
 def plain_filter(lattice: Lattice) -> LatticeFilter:
     """K of K_ij = exp(-|f_i - f_j|^2 / 2), approximately; the term i = j is included."""
-    alpha = 1 / (1 + 2.0**-lattice.dimension)
+    slice_weights = lattice.barycentric.t() * lattice.alpha
     return LatticeFilter(
-        lattice, by_vertex(lattice, lattice.slice_weight), lattice.slice_weight * alpha
+        lattice,
+        splat_sums(lattice, lattice.barycentric),
+        slice_sums(lattice, slice_weights.contiguous()),
     )
 
 
@@ -81,23 +102,35 @@ def normalised_filter(features: Float[Tensor, "d n"]) -> LatticeFilter:
         UserError: see :func:`build_lattice`.
     """
     lattice = build_lattice(features)
-    alpha = 1 / (1 + 2.0**-lattice.dimension)
-    scaled = lattice.slice_weight * row_sums(lattice, alpha).rsqrt()
-    return LatticeFilter(lattice, by_vertex(lattice, scaled), scaled.mul_(alpha))
+    weights = lattice.barycentric.t().contiguous()
+    scale = row_sums(lattice, weights).rsqrt_()
+    splat = splat_sums(lattice, lattice.barycentric * scale.t())
+    return LatticeFilter(lattice, splat, slice_sums(lattice, weights.mul_(scale * lattice.alpha)))
 
 
-def row_sums(lattice: Lattice, alpha: float) -> Float[Tensor, "n 1"]:
-    """K 1. The splat of ones is a histogram, so it needs no weights by vertex."""
-    vertices, weights = lattice.slice_vertex, lattice.slice_weight
-    splatted = torch.bincount(vertices.view(-1), weights.view(-1), len(lattice.splat_start) - 1)
+def row_sums(lattice: Lattice, weights: Float[Tensor, "n classes"]) -> Float[Tensor, "n 1"]:
+    """K 1, from the barycentric weights. The splat of ones is a histogram of vertices."""
+    count = len(lattice.splat_group)
+    splatted = torch.bincount(lattice.vertex.view(-1), weights.view(-1), count)
     blurred = blur(lattice, splatted.to(weights.dtype)[:, None])
-    return slice_back(lattice, weights * alpha, blurred)
+    return slice_sums(lattice, weights)(blurred).mul_(lattice.alpha)
 
 
-def by_vertex(lattice: Lattice, weights: Float[Tensor, "n classes"]) -> Float[Tensor, "classes n"]:
-    """Weights of the points' vertices in the order of `lattice.splat_point`."""
-    classes = zip(weights.unbind(1), lattice.splat_point, strict=True)
-    return torch.stack([column.index_select(0, points) for column, points in classes])
+def splat_sums(lattice: Lattice, weights: Float[Tensor, "classes n"]) -> GroupSums:
+    """Sum the points' values on their vertices, in the order of the splat's groups."""
+    grouped = [
+        of_class.index_select(0, points)
+        for of_class, points in zip(weights, lattice.splat_point, strict=True)
+    ]
+    points = lattice.splat_point.view(-1)
+    return GroupSums(lattice.splat_start, points, torch.cat(grouped), weights.shape[1])
+
+
+def slice_sums(lattice: Lattice, weights: Float[Tensor, "n classes"]) -> GroupSums:
+    """Read each point's value off its vertices."""
+    n, classes = weights.shape
+    start = classes * torch.arange(n + 1, dtype=torch.int32, device=weights.device)
+    return GroupSums(start, lattice.vertex.view(-1), weights.view(-1), len(lattice.splat_group))
 
 
 def blur(lattice: Lattice, values: Float[Tensor, "vertices_1 c"]) -> Float[Tensor, "vertices_1 c"]:
@@ -107,28 +140,6 @@ def blur(lattice: Lattice, values: Float[Tensor, "vertices_1 c"]) -> Float[Tenso
         around += take_rows(values, after)
         values.add_(around, alpha=0.5)
     return values
-
-
-def slice_back(
-    lattice: Lattice, weights: Float[Tensor, "n classes"], values: Float[Tensor, "vertices_1 c"]
-) -> Float[Tensor, "n c"]:
-    """Read each point's value off its vertices."""
-    vertices = lattice.slice_vertex
-    if not bags_are_fast(values.device):
-        return (values[vertices] * weights[:, :, None]).sum(dim=1)
-    return gather_sum(values, vertices.view(-1), weights.view(-1), lattice.slice_start)
-
-
-def gather_sum(
-    values: Float[Tensor, "m c"],
-    rows: Int[Tensor, " entries"],
-    weights: Float[Tensor, " entries"],
-    start: Int[Tensor, " groups_1"],
-) -> Float[Tensor, "groups c"]:
-    """Weighted sum of rows of `values` for each group; `start` ends with the number of entries."""
-    return F.embedding_bag(
-        rows, values, start, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
 
 
 def take_rows(values: Float[Tensor, "m c"], rows: Int[Tensor, " r"]) -> Float[Tensor, "r c"]:

@@ -21,9 +21,8 @@ class Lattice:
     A further vertex after the last stands for every one that is missing; its value is always 0.
 
     Attributes:
-        slice_vertex: the d + 1 vertices of each point, one of each class.
-        slice_start: 0, d + 1, 2 (d + 1), ...: where each point's vertices begin, then the end.
-        slice_weight: barycentric weights that go with them, 0..1.
+        vertex: the d + 1 vertices of each point, one of each class.
+        barycentric: weights of each class's vertex of the points, 0..1.
         splat_point: points grouped by the vertex that they touch. Groups follow their first points
             within each class, so that one after the other reads the picture from top to bottom.
         splat_start: first entry of each group, then of the missing vertex's, then the end.
@@ -31,9 +30,8 @@ class Lattice:
         before, after: neighbours of each vertex along each of the d + 1 directions.
     """
 
-    slice_vertex: Int[Tensor, "n classes"]
-    slice_start: Int[Tensor, " n_1"]
-    slice_weight: Float[Tensor, "n classes"]
+    vertex: Int[Tensor, "n classes"]
+    barycentric: Float[Tensor, "classes n"]
     splat_point: Int[Tensor, "classes n"]
     splat_start: Int[Tensor, " vertices_2"]
     splat_group: Int[Tensor, " vertices_1"]
@@ -44,6 +42,11 @@ class Lattice:
     def dimension(self) -> int:
         """d, the number of features of a point."""
         return len(self.before) - 1
+
+    @property
+    def alpha(self) -> float:
+        """Scale of what is sliced back, as in the authors' code."""
+        return 1 / (1 + 2.0**-self.dimension)
 
 
 def build_lattice(features: Float[Tensor, "d n"]) -> Lattice:
@@ -69,9 +72,8 @@ def build_lattice(features: Float[Tensor, "d n"]) -> Lattice:
     end = torch.full((2,), (d + 1) * n, dtype=torch.int32, device=features.device)
     missing = end.new_full((1,), count)
     return Lattice(
-        slice_vertex=torch.stack([groups.vertex + base for groups, base in numbered], dim=1),
-        slice_start=(d + 1) * torch.arange(n + 1, dtype=torch.int32, device=features.device),
-        slice_weight=simplices.weights.t().contiguous(),
+        vertex=torch.stack([groups.vertex + base for groups, base in numbered], dim=1),
+        barycentric=simplices.weights,
         splat_point=torch.stack([groups.point for groups in classes]),
         splat_start=torch.cat([*(groups.start + r * n for r, groups in enumerate(classes)), end]),
         splat_group=torch.cat([*(groups.place + base for groups, base in numbered), missing]),

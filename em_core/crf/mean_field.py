@@ -77,7 +77,7 @@ class DenseCRF:
         base = unary.new_full((unary.shape[1], padded(count)), NEVER)
         base[:, :count] = (unary[-1:] - unary[:-1]).t()
         lead = self.lead_for(base)
-        logits = base
+        logits = base.clone()
         for _ in range(iterations):
             logits = self.message(lead(logits)).add_(base)
         logits = F.pad(logits[:, :count], (0, 1)).t()
@@ -87,15 +87,18 @@ class DenseCRF:
         """Foreground marginals of k binary problems over the same points, from log-odds."""
         count = len(logits)
         base = F.pad(logits, (0, 0, 0, padded(count) - count)).t().contiguous()
-        found = base
+        found = base.clone()
         for _ in range(iterations):
-            found = self.message(torch.tanh(found / 2)).add_(base)
+            found = self.message(two_label_lead(found)).add_(base)
         return torch.sigmoid(found[:, :count].t().contiguous())
 
     def lead_for(
         self, base: Float[Tensor, "n c"]
     ) -> Callable[[Float[Tensor, "n c"]], Float[Tensor, "n c"]]:
-        """The fastest function for the labels' lead that is safe for logits as they may arise."""
+        """The fastest function for the labels' lead that is safe for logits as they may arise.
+
+        It may write over what it is given.
+        """
         if base.shape[1] == 1:
             return two_label_lead
         reach = sum(weight for _, weight in self.kernels)
@@ -119,14 +122,14 @@ def padded(channels: int) -> int:
     return 4 if channels == 3 else channels
 
 
-def two_label_lead(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
-    """Q_1 - Q_2 of the softmax of (logit, 0)."""
-    return torch.tanh(logits / 2)
+def two_label_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Q_1 - Q_2 of the softmax of (logit, 0), for each channel alone."""
+    return logits.div_(2).tanh_()
 
 
 def small_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Q_l - Q_last of the softmax of (logits, 0), without subtracting the maximum first."""
-    powers = logits.clamp(max=EXP_LIMIT).exp_()
+    powers = logits.clamp_(max=EXP_LIMIT).exp_()
     total = row_sum(powers).add_(1)
     return powers.sub_(1).div_(total)
 

@@ -165,7 +165,7 @@ def _object(
     look: tuple[str, str, str], centre: Float[ndarray, "2"], radius: float, rng: Generator
 ) -> SceneObject:
     red, green, blue = (int(value) for value in rng.integers(-9, 10, 3))
-    across, down = (float(value) for value in rng.uniform(0, 8, 2))
+    across, down = (float(value) for value in rng.uniform(0, 14, 2))
     turn, lay = (float(value) for value in rng.uniform(-1, 1, 2))
     return SceneObject(
         *look,
@@ -219,7 +219,7 @@ def _paint(
 
 
 def _outline_colour(main: Float[ndarray, "3"]) -> Float[ndarray, "3"]:
-    return main * 0.4
+    return main * 0.6
 
 
 def _stencil(

@@ -34,7 +34,10 @@ _DARK_ON = ("yellow", "orange", "white", "pink", "lime", "gold")
 
 def marking(colour: str) -> Colour:
     """Second colour of a pattern on an object of that colour: dark on light, light on dark."""
-    return (52, 40, 36) if colour in _DARK_ON else (246, 244, 236)
+    ink = (52, 40, 36) if colour in _DARK_ON else (246, 244, 236)
+    own = (COLOURS | NEW_COLOURS)[colour]
+    red, green, blue = (round(0.75 * a + 0.25 * b) for a, b in zip(ink, own, strict=True))
+    return red, green, blue
 
 
 def _grid(size: int) -> tuple[Float[ndarray, "s s"], Float[ndarray, "s s"]]:
@@ -147,23 +150,23 @@ def background(name: str, rng: Generator) -> Float[ndarray, "64 64 3"]:
 
 
 def _striped(u: ndarray, v: ndarray) -> ndarray:
-    return (u % 8.0) < 3.4
+    return (u % 10.0) < 4.4
 
 
 def _dotted(u: ndarray, v: ndarray) -> ndarray:
-    return ((u % 8.0) - 4.0) ** 2 + ((v % 8.0) - 4.0) ** 2 < 2.3**2
+    return ((u % 10.0) - 5.0) ** 2 + ((v % 10.0) - 5.0) ** 2 < 3.0**2
 
 
 def _checked(u: ndarray, v: ndarray) -> ndarray:
-    return ((u // 5.5) + (v // 5.5)) % 2 < 1
+    return ((u // 7.0) + (v // 7.0)) % 2 < 1
 
 
 def _zigzag(u: ndarray, v: ndarray) -> ndarray:
-    return ((u + 2.0 * np.abs((v % 8.0) - 4.0)) % 9.0) < 4.0
+    return ((u + 1.6 * np.abs((v % 10.0) - 5.0)) % 11.0) < 5.0
 
 
 def _rings(u: ndarray, v: ndarray) -> ndarray:
-    return (np.hypot(u, v) % 7.0) < 3.2
+    return (np.hypot(u, v) % 9.0) < 4.2
 
 
 def _halves(u: ndarray, v: ndarray) -> ndarray:
@@ -171,7 +174,7 @@ def _halves(u: ndarray, v: ndarray) -> ndarray:
 
 
 def _lattice(u: ndarray, v: ndarray) -> ndarray:
-    return ((u % 8.0) < 2.4) | ((v % 8.0) < 2.4)
+    return ((u % 10.0) < 3.2) | ((v % 10.0) < 3.2)
 
 
 Pattern = Callable[[ndarray, ndarray], ndarray]

@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from . import vocabulary
 from .training.autoencoder import AutoencoderSettings, train_autoencoder
-from .training.data import open_table, render_table
+from .training.data import CHUNK, open_table, render_table
 from .training.denoiser import DenoiserSettings, train_denoiser
 from .training.export import encode_table
 from .training.loop import Round
@@ -24,7 +24,7 @@ from .training.parallel import launch
 from .training.sheet import write_sheet
 
 PROCESSES = 2
-SCENES, ENCODED = 100_000, 60_000
+SCENES = 60_000
 
 
 def _denoiser_round(steps: int, rate: float, seed: int, end: float = 1.0) -> Round:
@@ -32,16 +32,20 @@ def _denoiser_round(steps: int, rate: float, seed: int, end: float = 1.0) -> Rou
 
 
 AUTOENCODER_ROUNDS = (
-    Round(steps=1342, rate=1.5e-3, batch=8),
-    Round(steps=1739, rate=1.2e-3, batch=4, seed=1),
+    (Round(steps=1342, rate=1.5e-3, batch=8), AutoencoderSettings()),
+    (Round(steps=1739, rate=1.2e-3, batch=4, seed=1), AutoencoderSettings()),
+    (
+        Round(steps=2000, rate=1.2e-3, batch=4, seed=5),
+        AutoencoderSettings(squared=True, recoloured=0.1),
+    ),
 )
-DECODER_ROUND = Round(steps=1000, rate=1e-3, batch=4, seed=2)
 # A denoiser's round, the weight limit of noisy steps, and the weights of mean and coarse errors.
 DENOISER_ROUNDS = (
     (_denoiser_round(4680, 1.2e-3, seed=0, end=0.474), DenoiserSettings(5.0, 1.0, 0.0, 0.0)),
     (_denoiser_round(2440, 1.0e-3, seed=1, end=0.42), DenoiserSettings(5.0, 15.0, 0.0, 0.0)),
     (_denoiser_round(2640, 9e-4, seed=2), DenoiserSettings()),
     (_denoiser_round(2700, 7e-4, seed=3), DenoiserSettings()),
+    (_denoiser_round(3500, 1e-3, seed=10), DenoiserSettings()),
 )
 
 
@@ -59,11 +63,14 @@ def main() -> None:
 def train(out: Path, full_tokenizer: Path, seed: int = 0, share: float = 1.0) -> None:
     """Train a model folder `out/model`, with a log, a sample sheet and figures beside it."""
     vocabulary.write_tokenizer(full_tokenizer, out / "tokenizer")
-    render_table(out / "data", int(SCENES * share), seed, PROCESSES)
-    _train_autoencoder(out, AUTOENCODER_ROUNDS, AutoencoderSettings(), seed, share)
-    _encode(out, int(ENCODED * share))
-    decoder = AutoencoderSettings(decoder_only=True, recoloured=0.1)
-    _train_autoencoder(out, (DECODER_ROUND,), decoder, seed, share)
+    count = max(CHUNK, int(SCENES * share))
+    render_table(out / "data", count, seed, PROCESSES)
+    for round_, kind in AUTOENCODER_ROUNDS:
+        places = (out / "data", out / "vae", out / "log.jsonl")
+        launch(
+            train_autoencoder, PROCESSES, out / "join", *places, _cut(round_, seed, share), kind
+        )
+    _encode(out, count)
     start = None
     for round_, settings in DENOISER_ROUNDS:
         places = (out, out / "tokenizer", start, out / "model", out / "log.jsonl")
@@ -78,15 +85,6 @@ def train(out: Path, full_tokenizer: Path, seed: int = 0, share: float = 1.0) ->
 
 def _cut(round_: Round, seed: int, share: float) -> Round:
     return replace(round_, steps=max(1, int(round_.steps * share)), seed=round_.seed + 100 * seed)
-
-
-def _train_autoencoder(
-    out: Path, rounds: tuple[Round, ...], settings: AutoencoderSettings, seed: int, share: float
-) -> None:
-    for round_ in rounds:
-        places = (out / "data", out / "vae", out / "log.jsonl")
-        cut = _cut(round_, seed, share)
-        launch(train_autoencoder, PROCESSES, out / "join", *places, cut, settings)
 
 
 def _encode(out: Path, count: int) -> None:

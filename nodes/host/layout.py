@@ -93,7 +93,9 @@ def attend_inside(
         note = options.get(NOTE)
 
         def plain(mask: Tensor | None = None) -> Tensor:
-            return optimized_attention(q, k, v, heads, mask=mask, attn_precision=precision)
+            return optimized_attention(
+                q, k, v, heads, mask=mask, attn_precision=precision, transformer_options=options
+            )
 
         if note is None:
             return plain() if before is None else before(q, k, v, options)

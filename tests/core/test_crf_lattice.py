@@ -76,10 +76,7 @@ def test_tables_agree_with_a_dictionary_of_vertices(d: int) -> None:
     number: dict[tuple[int, ...], int] = {}
     for point, r in itertools.product(range(400), range(d + 1)):
         vertex = tuple(found[point, r].tolist())
-        assert (
-            number.setdefault(vertex, int(lattice.slice_vertex[point, r]))
-            == lattice.slice_vertex[point, r]
-        )
+        assert number.setdefault(vertex, int(lattice.vertex[point, r])) == lattice.vertex[point, r]
     m = len(number)
     assert sorted(number.values()) == list(range(m))
     assert len(lattice.splat_start) == m + 2
@@ -94,7 +91,7 @@ def test_tables_agree_with_a_dictionary_of_vertices(d: int) -> None:
         assert sorted(group) == sorted(np.nonzero((found == by_number[i]).all(axis=2))[0].tolist())
     assert lattice.splat_group[m] == m
     assert groups[m] == []
-    firsts = [group[0] for group in groups[: len(set(lattice.slice_vertex[:, 0].tolist()))]]
+    firsts = [group[0] for group in groups[: len(set(lattice.vertex[:, 0].tolist()))]]
     assert firsts == sorted(firsts)
     for j in range(d + 1):
         step = np.full(d + 1, -1)
@@ -173,7 +170,7 @@ def test_filter_is_near_the_gaussian(d: int, error: float) -> None:
 def test_equal_points_share_their_simplex() -> None:
     """n equal points: K 1 is n times the weight of a point with itself, which is below 1."""
     lattice = build_lattice(torch.full((5, 64), 0.3))
-    assert (lattice.slice_vertex == lattice.slice_vertex[0]).all()
+    assert (lattice.vertex == lattice.vertex[0]).all()
     alone = plain_filter(build_lattice(torch.full((5, 1), 0.3)))(torch.ones(1, 1))
     together = plain_filter(lattice)(torch.ones(64, 1))
     assert torch.allclose(together, 64 * alone.expand(64, 1), rtol=1e-5)
@@ -200,12 +197,14 @@ def test_features_without_a_lattice_are_refused(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("channels", (1, 3, 4))
-def test_gpu_operations_equal_the_bags(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on CUDA (sparse splat, gathered slice) is tried here on the CPU."""
+def test_sparse_products_equal_the_bags(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are what runs on CUDA; here both are tried on the CPU."""
     if not torch.backends.mkl.is_available():
         pytest.skip("sparse products on the CPU need MKL")
     features = random_features(3, 300, spread=1.0)
     values = torch.rand(300, channels, generator=torch.Generator().manual_seed(0))
-    with_bags = normalised_filter(features)(values)
-    monkeypatch.setattr(filtering, "bags_are_fast", lambda device: False)
-    assert torch.allclose(normalised_filter(features)(values), with_bags, atol=1e-6)
+    results = []
+    for answer in (True, False):
+        monkeypatch.setattr(filtering, "matrix_is_fast", lambda table, answer=answer: answer)
+        results.append(normalised_filter(features)(values))
+    assert torch.allclose(*results, atol=1e-6)

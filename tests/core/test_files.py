@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,30 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left"):
         write_aside(file, fail)
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+FILLS_UP = """
+import pathlib, resource, signal, sys
+import torch
+from em_core.files import write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+write_tensors(pathlib.Path(sys.argv[1]), {"a": torch.zeros(1 << 20)}, "kind 1", {})
+"""
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
+    """The system itself cuts the write short, after 64 KiB."""
+    pytest.importorskip("resource", reason="this system cannot limit the size of files")
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, TENSORS, "kind 1", {})
+    before = file.read_bytes()
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FILLS_UP, str(file)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "UserError: Could not write" in done.stderr, done.stderr
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:

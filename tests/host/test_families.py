@@ -4,7 +4,17 @@ from pathlib import Path
 
 from found import run_script
 
-CASES = ["sd1-fp32", "sd1-fp16", "sd1-fp8", "sd2v-bf16", "sd2-fp32", "sdxl-fp32"]
+CASES = [
+    "sd1-fp32-lora",
+    "sd1-fp32-cross_attention",
+    "sd1-fp32-full",
+    "sd1-fp16-lora",
+    "sd1-fp8-lora",
+    "sd2v-bf16-lora",
+    "sd2-fp32-lora",
+    "sdxl-fp32-lora",
+    "sdxl-fp32-full",
+]
 
 
 def test_families(comfyui: Path) -> None:
@@ -13,3 +23,8 @@ def test_families(comfyui: Path) -> None:
     assert [line for line in said.splitlines() if line.endswith("is fine")] == [
         f"{case} is fine" for case in CASES
     ]
+
+
+def test_models_that_cannot_be_learned_on(comfyui: Path) -> None:
+    """Inpainting, quantised and other architectures, and parts of different families."""
+    assert run_script(comfyui, "refusals.py").splitlines()[-1] == "all are refused"

@@ -27,15 +27,15 @@ from .schedule import AveragedWeights, Log
 class AutoencoderSettings:
     """What the autoencoder's loss weighs.
 
-    `recoloured` is the share of pictures with shuffled colour channels. With `decoder_only`, the
-    encoder stays as it is and so do the latents; the error is then squared, as PSNR has it.
+    `recoloured` is the share of pictures with shuffled colour channels. `squared` errors are those
+    of PSNR.
     """
 
     object_weight: float = 5.0
     colour_weight: float = 1.0
     kl_weight: float = 1e-4
     recoloured: float = 0.2
-    decoder_only: bool = False
+    squared: bool = False
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -83,23 +83,14 @@ def picture_loss(
     inside: Float[Tensor, "b 1 h w"],
     settings: AutoencoderSettings,
 ) -> Float[Tensor, ""]:
-    """Weighted L1 of pixels, and the same on colours averaged over 4 x 4 pixels."""
+    """Weighted squared error, or weighted L1 of pixels and of colours averaged over 4 x 4 pixels."""
     weight = 1 + (settings.object_weight - 1) * inside
+    if settings.squared:
+        return 10 * (weight * (x - y).square()).sum() / (3 * weight.sum())
     coarse_weight = F.avg_pool2d(weight, 4)
     fine = (weight * (x - y).abs()).sum() / (3 * weight.sum())
     coarse = coarse_weight * F.avg_pool2d(x - y, 4).abs()
     return fine + settings.colour_weight * coarse.sum() / (3 * coarse_weight.sum())
-
-
-def squared_loss(
-    x: Float[Tensor, "b 3 h w"],
-    y: Float[Tensor, "b 3 h w"],
-    inside: Float[Tensor, "b 1 h w"],
-    settings: AutoencoderSettings,
-) -> Float[Tensor, ""]:
-    """Weighted squared error of pixels."""
-    weight = 1 + (settings.object_weight - 1) * inside
-    return 10 * (weight * (x - y).square()).sum() / (3 * weight.sum())
 
 
 def kl_loss(mean: Float[Tensor, "b 4 i j"], logvar: Float[Tensor, "b 4 i j"]) -> Float[Tensor, ""]:
@@ -111,23 +102,10 @@ def full_loss(
     model: AutoencoderKL, x: Tensor, inside: Tensor, settings: AutoencoderSettings
 ) -> Float[Tensor, ""]:
     """Loss of a picture batch through encoder, sampled latents and decoder."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = model.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-        y = model.decode(z).sample
-    kl = kl_loss(posterior.mean.float(), posterior.logvar.float())
-    return picture_loss(x, y.float(), inside, settings) + settings.kl_weight * kl
-
-
-def decoder_loss(
-    model: AutoencoderKL, x: Tensor, inside: Tensor, settings: AutoencoderSettings
-) -> Float[Tensor, ""]:
-    """Loss of the decoder alone on the latent means."""
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            z = model.encode(x).latent_dist.mean
-        y = model.decode(z).sample
-    return squared_loss(x, y.float(), inside, settings)
+    posterior = model.encode(x).latent_dist
+    z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+    kl = kl_loss(posterior.mean, posterior.logvar)
+    return picture_loss(x, model.decode(z).sample, inside, settings) + settings.kl_weight * kl
 
 
 def train_autoencoder(
@@ -138,17 +116,12 @@ def train_autoencoder(
     rng = np.random.default_rng([round_.seed, rank])
     table, log = open_table(data), Log(log_path)
     model = AutoencoderKL.from_pretrained(out) if out.exists() else new_autoencoder()
-    model.train()
-    loss_of = full_loss
-    if settings.decoder_only:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
-        loss_of = decoder_loss
+    model.train().float().to(memory_format=torch.channels_last)
     average = AveragedWeights(model, round_.average)
     shipped: Any = average.module
 
     def step_loss() -> tuple[Tensor, Parts]:
-        loss = loss_of(model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings)
+        loss = full_loss(model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings)
         return loss, {"loss": float(loss.detach())}
 
     def after(step: int) -> None:

@@ -142,10 +142,9 @@ class Objective:
         a = self.alpha_bar[t][:, None, None, None]
         for processor in self.taught:
             processor.columns = columns
-        with torch.autocast("cpu", torch.bfloat16):
-            y = self.text(batch.tokens).last_hidden_state
-            z_t = a.sqrt() * batch.z + (1 - a).sqrt() * eps
-            return self.unet(z_t, t, y, return_dict=False)[0].float()
+        y = self.text(batch.tokens).last_hidden_state
+        z_t = (a.sqrt() * batch.z + (1 - a).sqrt() * eps).to(memory_format=torch.channels_last)
+        return self.unet(z_t, t, y, return_dict=False)[0]
 
 
 def train_denoiser(
@@ -162,6 +161,7 @@ def train_denoiser(
     torch.manual_seed(round_.seed + 1000 * rank)
     ids = vocabulary.read_ids(tokenizer)
     model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(len(ids_of_words()))})
+    model["unet"].to(memory_format=torch.channels_last)
     model.train()
     if start is not None:
         load_weights(model, start, ids)

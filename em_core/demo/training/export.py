@@ -25,10 +25,10 @@ def encode_table(
 ) -> torch.Tensor:
     """Unscaled latent means of one process's share of the first `count` scenes."""
     share = np.array_split(np.arange(count), processes)[rank]
+    vae.to(memory_format=torch.channels_last)
     parts = []
     for rows in np.array_split(share, max(1, len(share) // 64)):
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(to_tensor(table.images[rows])).latent_dist.mean.float())
+        parts.append(vae.encode(to_tensor(table.images[rows])).latent_dist.mean)
     return torch.cat(parts)
 
 

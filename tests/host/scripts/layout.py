@@ -37,5 +37,9 @@ chained = layout.attend_inside(masks, lambda q, k, v, options: written_out(False
 torch.testing.assert_close(
     chained(q, k, v, options), written_out(True) + 0.25, atol=1e-5, rtol=1e-4
 )
+override = {"optimized_attention_override": lambda f, *args, **named: f(*args, **named) + 0.5}
+torch.testing.assert_close(
+    attend(q, k, v, options | override), written_out(True) + 0.5, atol=1e-5, rtol=1e-4
+)
 assert not torch.allclose(written_out(True), written_out(False))
 sys.stdout.write("fine\n")

@@ -1,0 +1,89 @@
+"""Models that LearnConcepts must refuse, each with a reason that its user understands."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import reduced
+from inside import import_pack, part
+
+import_pack()
+
+import comfy.model_base  # noqa: E402
+import torch  # noqa: E402
+
+families, copies = part("nodes.host.families"), part("nodes.host.copies")
+UserError = part("em_core.errors").UserError
+
+
+class PackedWeight(torch.Tensor):
+    """Stands for the tensor subclasses of loaders of quantised files."""
+
+
+def refused(words: str, attempt: Callable[[], Any]) -> None:
+    """The attempt raises a UserError that says `words`."""
+    try:
+        attempt()
+    except UserError as error:
+        assert words in str(error), str(error)
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def copy_of(model: Any) -> Any:
+    return copies.private_patcher(model, torch.float32, "MODEL")
+
+
+def inpainting() -> Any:
+    model = reduced.unet("sd1")
+    model.model.diffusion_model.in_channels = 9
+    return model
+
+
+def other_architecture() -> Any:
+    model = reduced.unet("sd1")
+    model.model.__class__ = comfy.model_base.SD21UNCLIP
+    return model
+
+
+def with_weight(make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """An SD 1.x model one of whose weights is of another kind."""
+    model = reduced.unet("sd1")
+    layer = model.model.diffusion_model.out[2]
+    layer.weight = torch.nn.Parameter(make(layer.weight.data), requires_grad=False)
+    return model
+
+
+def scaled_fp8() -> Any:
+    model = reduced.unet("sd1", "fp8")
+    model.model.diffusion_model.out[2].scale_weight = torch.ones(1)
+    return model
+
+
+def learned_on_sdxl() -> Any:
+    widths = {"clip_l": 32, "clip_g": 64}
+    identity = part("em_core.diffusion").ModelIdentity("sdxl", "", widths, torch.zeros(1))
+    vectors = {"rex": {name: torch.zeros(1, width) for name, width in widths.items()}}
+    concept = part("em_core.concepts").Concept("rex", "dog")
+    return part("em_core.concept_set").ConceptSet((concept,), vectors, identity)
+
+
+with torch.inference_mode():
+    sd1, sd1_clip = reduced.unet("sd1"), reduced.clip("sd1")
+    assert families.identify(sd1, sd1_clip).encoders == ("clip_l",)
+    refused("9 input channels", lambda: families.identify(inpainting(), sd1_clip))
+    refused("SD21UNCLIP", lambda: families.identify(other_architecture(), sd1_clip))
+    refused("different families", lambda: families.identify(sd1, reduced.clip("sdxl")))
+    refused("different families", lambda: families.identify(reduced.unet("sdxl"), sd1_clip))
+    copy_of(sd1)
+    refused("int8", lambda: copy_of(with_weight(lambda w: w.to(torch.int8))))
+    refused(
+        "PackedWeight", lambda: copy_of(with_weight(lambda w: w.as_subclass(PackedWeight)))
+    )
+    refused("scaled fp8", lambda: copy_of(scaled_fp8()))
+    apply_concepts = part("nodes.host.application").apply_concepts
+    refused(
+        "were learned on a sdxl model",
+        lambda: apply_concepts(sd1, sd1_clip, learned_on_sdxl(), 1.0),
+    )
+sys.stdout.write("all are refused\n")
