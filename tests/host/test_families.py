@@ -13,7 +13,6 @@ CASES = [
     "sd2v-bf16-lora",
     "sd2-fp32-lora",
     "sdxl-fp32-lora",
-    "sdxl-fp32-full",
 ]
 
 

@@ -121,7 +121,9 @@ def train_autoencoder(
     shipped: Any = average.module
 
     def step_loss() -> tuple[Tensor, Parts]:
-        loss = full_loss(model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings)
+        loss = full_loss(
+            model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings
+        )
         return loss, {"loss": float(loss.detach())}
 
     def after(step: int) -> None:

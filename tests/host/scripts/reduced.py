@@ -43,8 +43,8 @@ def unet(family: str, weights_type: str = "fp32") -> ModelPatcher:
         "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2, 2],
         "num_res_blocks": 2, "attention_resolutions": [1, 2, 4], "transformer_depth": 1,
         "use_spatial_transformer": True, "use_linear_in_transformer": family != "sd1",
-        "context_dim": sum(WIDTHS[family]), "adm_in_channels": None, "use_temporal_attention": False, "legacy": False,
-        "num_heads": -1, "num_head_channels": 16,
+        "context_dim": sum(WIDTHS[family]), "adm_in_channels": None, "use_temporal_attention": False,
+        "legacy": False, "num_heads": -1, "num_head_channels": 16,
     }  # fmt: skip
     kind = {"sd1": known.SD15, "sd2": known.SD20, "sd2v": known.SD20, "sdxl": known.SDXL}[family]
     if family == "sdxl":

@@ -77,9 +77,7 @@ with torch.inference_mode():
     refused("different families", lambda: families.identify(reduced.unet("sdxl"), sd1_clip))
     copy_of(sd1)
     refused("int8", lambda: copy_of(with_weight(lambda w: w.to(torch.int8))))
-    refused(
-        "PackedWeight", lambda: copy_of(with_weight(lambda w: w.as_subclass(PackedWeight)))
-    )
+    refused("PackedWeight", lambda: copy_of(with_weight(lambda w: w.as_subclass(PackedWeight))))
     refused("scaled fp8", lambda: copy_of(scaled_fp8()))
     apply_concepts = part("nodes.host.application").apply_concepts
     refused(
