@@ -2,7 +2,8 @@
 
     python benchmarks/em_table.py
 
-A scene's value is its mean over the seeds; means, spreads and paired differences are over scenes.
+A scene's value is its mean over the seeds; means, spreads and paired differences are over scenes. An arm
+that was run on fewer scenes has its mean over those, and its difference over the common ones.
 Intervals are 95% by Student's t on the scenes' paired differences.
 """
 
@@ -61,12 +62,11 @@ def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
     """Lines of one set."""
     rows = [row for row in rows if row["set"] == set_]
     em = values_of(rows, "em")
-    seeds = len({row["seed"] for row in rows if row["arm"] == "em"})
     lines = [
-        f"### Set {set_}: {len(em)} scenes, {seeds} seeds (EM)",
+        f"### Set {set_}",
         "",
-        "| arm | runs | mean IoU | spread (sd over scenes) | default EM over it, 95% interval |",
-        "| --- | --- | --- | --- | --- |",
+        "| arm | scenes | runs | mean IoU | spread (sd over scenes) | default EM over it, 95% interval |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for arm, title in ARMS.items():
         found = values_of(rows, arm)
@@ -77,9 +77,8 @@ def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
         versus = "" if arm == "em" else f"{difference:+.3f} +- {half:.3f}"
         name = "fixed" if arm == "initial" else arm
         runs = sum(row["arm"] == name for row in rows)
-        lines.append(
-            f"| {title} | {runs} | {values.mean():.3f} | {values.std(ddof=1):.3f} | {versus} |"
-        )
+        mean, spread = values.mean(), values.std(ddof=1)
+        lines.append(f"| {title} | {len(found)} | {runs} | {mean:.3f} | {spread:.3f} | {versus} |")
     return [*lines, "", *curve_lines(rows), ""]
 
 
