@@ -66,8 +66,16 @@ def train(out: Path, full_tokenizer: Path, seed: int = 0, share: float = 1.0) ->
     count = max(CHUNK, int(SCENES * share))
     render_table(out / "data", count, seed, PROCESSES)
     for round_, kind in AUTOENCODER_ROUNDS:
-        places = (out / "data", out / "vae", out / "log.jsonl")
-        launch(train_autoencoder, PROCESSES, out / "join", *places, _cut(round_, seed, share), kind)
+        launch(
+            train_autoencoder,
+            PROCESSES,
+            out / "join",
+            out / "data",
+            out / "vae",
+            out / "log.jsonl",
+            _cut(round_, seed, share),
+            kind,
+        )
     _encode(out, count)
     start = None
     for round_, settings in DENOISER_ROUNDS:

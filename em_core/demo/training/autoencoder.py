@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .data import SceneTable, open_table
 from .loop import Parts, Round, optimise, reporter
-from .schedule import AveragedWeights, Log
+from .schedule import AveragedWeights, Log, lay_out_channels_last
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def train_autoencoder(
     rng = np.random.default_rng([round_.seed, rank])
     table, log = open_table(data), Log(log_path)
     model = AutoencoderKL.from_pretrained(out) if out.exists() else new_autoencoder()
-    model.train().float().to(memory_format=torch.channels_last)
+    model.train().float()
+    lay_out_channels_last(model)
     average = AveragedWeights(model, round_.average)
     shipped: Any = average.module
 

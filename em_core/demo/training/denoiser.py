@@ -18,7 +18,7 @@ from .batches import LENGTH, Batch, Batches, compact_ids
 from .data import open_table
 from .export import export_model, load_weights
 from .loop import Parts, Round, optimise, reporter
-from .schedule import AveragedWeights, Log
+from .schedule import AveragedWeights, Log, lay_out_channels_last
 from .teacher import TaughtColumns, attention_loss, teach
 
 
@@ -161,7 +161,7 @@ def train_denoiser(
     torch.manual_seed(round_.seed + 1000 * rank)
     ids = vocabulary.read_ids(tokenizer)
     model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(len(ids_of_words()))})
-    model["unet"].to(memory_format=torch.channels_last)
+    lay_out_channels_last(model)
     model.train()
     if start is not None:
         load_weights(model, start, ids)

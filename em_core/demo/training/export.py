@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .. import vocabulary
 from .autoencoder import to_tensor
 from .data import SceneTable
+from .schedule import lay_out_channels_last
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def encode_table(
 ) -> torch.Tensor:
     """Unscaled latent means of one process's share of the first `count` scenes."""
     share = np.array_split(np.arange(count), processes)[rank]
-    vae.to(memory_format=torch.channels_last)
+    lay_out_channels_last(vae)
     parts = []
     for rows in np.array_split(share, max(1, len(share) // 64)):
         parts.append(vae.encode(to_tensor(table.images[rows])).latent_dist.mean)
