@@ -73,7 +73,7 @@ def test_workflow_runs(server: Server, file: Path) -> None:
     graph = to_api(json.loads(file.read_text(encoding="utf-8")), server.get("/object_info"))
     for node in graph.values():
         if node["class_type"] == "LearnConcepts":
-            node["inputs"]["steps"] = 4
+            node["inputs"] |= {"steps": 4, "joint_steps": 3}
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 2
     assert server.run(graph)
