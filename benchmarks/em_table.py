@@ -30,6 +30,11 @@ ARMS = {
     "em_no_attention_loss": "EM without the attention loss",
     "em_no_masked_loss": "EM without the masked loss",
 }
+# Lines of the figure: masks that are never estimated again.
+KEPT = (
+    ("initial", "goldenrod", "-", "our first masks, kept"),
+    ("fixed_literal", "firebrick", "--", "the paper's first masks, kept"),
+)
 Scenes = dict[int, float]
 
 
@@ -45,6 +50,15 @@ def by_scene(rows: list[dict[str, Any]], arm: str, field: str = "final") -> Scen
 def values_of(rows: list[dict[str, Any]], arm: str) -> Scenes:
     """An arm's scenes; the initial masks are the start of the runs with fixed masks."""
     return by_scene(rows, "fixed", "start") if arm == "initial" else by_scene(rows, arm)
+
+
+def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
+    """IoU of the default EM at the start and every E-step, one row a scene: its mean over the seeds."""
+    curves: dict[int, list[list[float]]] = defaultdict(list)
+    for row in rows:
+        if row["arm"] == "em":
+            curves[row["scene"]].append(row["curve"])
+    return np.array([np.mean(of, axis=0) for of in curves.values()])
 
 
 def paired(a: Scenes, b: Scenes) -> tuple[float, float]:
@@ -84,8 +98,7 @@ def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
 
 def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
     """What the curves must not do: fall."""
-    runs = [row for row in rows if row["arm"] == "em"]
-    curve = np.mean([row["curve"] for row in runs], axis=0)
+    curve = curves_by_scene(rows).mean(axis=0)
     fall = max(0.0, float(np.max(np.maximum.accumulate(curve) - curve)))
     start, final = by_scene(rows, "em", "start"), by_scene(rows, "em")
     losses = sorted((final[s] - start[s], s) for s in final)
@@ -106,17 +119,17 @@ def draw(rows: list[dict[str, Any]], sets: list[str], path: Path) -> None:
     for axis, set_ in zip(
         np.atleast_1d(figure.subplots(1, len(sets), sharey=True)), sets, strict=True
     ):
-        curves = np.array([r["curve"] for r in rows if r["set"] == set_ and r["arm"] == "em"])
+        of_set = [row for row in rows if row["set"] == set_]
+        curves = curves_by_scene(of_set)
         rounds = np.arange(curves.shape[1])
         low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
-        axis.fill_between(rounds, low, high, alpha=0.2, label="EM, 10% to 90% of runs")
+        axis.fill_between(rounds, low, high, alpha=0.2, label="EM, 10% to 90% of scenes")
         axis.plot(rounds, curves.mean(axis=0), label="EM, mean")
         axis.plot(rounds, middle, linestyle=":", label="EM, median")
-        axis.axhline(curves[:, 0].mean(), color="goldenrod", label="our first masks, kept")
-        papers = [r["final"] for r in rows if r["set"] == set_ and r["arm"] == "fixed_literal"]
-        if papers:
-            label = "the paper's first masks, kept"
-            axis.axhline(np.mean(papers), color="firebrick", linestyle="--", label=label)
+        for arm, colour, line, label in KEPT:
+            values = list(values_of(of_set, arm).values())
+            if values:
+                axis.axhline(np.mean(values), color=colour, linestyle=line, label=label)
         axis.set(title=f"set {set_}", xlabel="E-step", ylim=(0.8, 1))
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mask IoU")

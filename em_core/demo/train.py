@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from . import vocabulary
 from .training.autoencoder import AutoencoderSettings, train_autoencoder
-from .training.data import CHUNK, open_table, render_table
+from .training.data import open_table, render_table
 from .training.denoiser import DenoiserSettings, train_denoiser
 from .training.export import encode_table
 from .training.loop import Round
@@ -63,8 +63,7 @@ def main() -> None:
 def train(out: Path, full_tokenizer: Path, seed: int = 0, share: float = 1.0) -> None:
     """Train a model folder `out/model`, with a log, a sample sheet and figures beside it."""
     vocabulary.write_tokenizer(full_tokenizer, out / "tokenizer")
-    count = max(CHUNK, int(SCENES * share))
-    render_table(out / "data", count, seed, PROCESSES)
+    render_table(out / "data", int(SCENES * share), seed, PROCESSES)
     for round_, kind in AUTOENCODER_ROUNDS:
         launch(
             train_autoencoder,
@@ -76,7 +75,7 @@ def train(out: Path, full_tokenizer: Path, seed: int = 0, share: float = 1.0) ->
             _cut(round_, seed, share),
             kind,
         )
-    _encode(out, count)
+    _encode(out)
     start = None
     for round_, settings in DENOISER_ROUNDS:
         places = (out, out / "tokenizer", start, out / "model", out / "log.jsonl")
@@ -93,9 +92,9 @@ def _cut(round_: Round, seed: int, share: float) -> Round:
     return replace(round_, steps=max(1, int(round_.steps * share)), seed=round_.seed + 100 * seed)
 
 
-def _encode(out: Path, count: int) -> None:
-    """Write scaled latents of the first `count` scenes, and the scale into the autoencoder."""
-    launch(_encode_share, PROCESSES, out / "join", out, count)
+def _encode(out: Path) -> None:
+    """Write scaled latents of the scenes, and the scale into the autoencoder."""
+    launch(_encode_share, PROCESSES, out / "join", out)
     parts = [np.load(out / f"latents_{rank}.npy") for rank in range(PROCESSES)]
     z = np.concatenate(parts).astype(np.float32)
     scale = round(1 / float(z.std()), 5)
@@ -105,9 +104,9 @@ def _encode(out: Path, count: int) -> None:
     vae.save_pretrained(out / "vae")
 
 
-def _encode_share(rank: int, out: Path, count: int) -> None:
+def _encode_share(rank: int, out: Path) -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    z = encode_table(rank, PROCESSES, open_table(out / "data"), vae, count)
+    z = encode_table(rank, PROCESSES, open_table(out / "data"), vae)
     np.save(out / f"latents_{rank}.npy", z.half().numpy())
 
 

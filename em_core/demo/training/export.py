@@ -21,11 +21,9 @@ from .schedule import lay_out_channels_last
 
 
 @torch.no_grad()
-def encode_table(
-    rank: int, processes: int, table: SceneTable, vae: AutoencoderKL, count: int
-) -> torch.Tensor:
-    """Unscaled latent means of one process's share of the first `count` scenes."""
-    share = np.array_split(np.arange(count), processes)[rank]
+def encode_table(rank: int, processes: int, table: SceneTable, vae: AutoencoderKL) -> torch.Tensor:
+    """Unscaled latent means of one process's share of the scenes."""
+    share = np.array_split(np.arange(len(table)), processes)[rank]
     lay_out_channels_last(vae)
     parts = []
     for rows in np.array_split(share, max(1, len(share) // 64)):
