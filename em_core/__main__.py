@@ -5,13 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from .commands import demo, generate, learn, masks, refine, scene
-from .errors import TrainingError, UserError
+from .errors import OUT_OF_MEMORY, TrainingError, UserError
 
 COMMANDS = (demo, scene, learn, masks, generate, refine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors meant for the user become one line on stderr and exit status 2."""
+    """Run a command; errors meant for the user become one line on stderr and exit status 2.
+
+    Ctrl-C gives 130.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m em_core",
         description="Learn visual concepts and their masks from a few pictures.",
@@ -25,6 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, TrainingError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OUT_OF_MEMORY:
+        sys.stderr.write(
+            "error: Out of memory on the device. Use a smaller picture or --device cpu.\n"
+        )
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped.\n")
+        return 130
 
 
 if __name__ == "__main__":

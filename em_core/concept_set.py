@@ -132,7 +132,7 @@ class ConceptSet:
             return
         message = (
             "These concepts were learned on another model of the same architecture. Load that model, "
-            "or ask for the use on any weights: they often work on a fine-tune of it, less faithfully."
+            "or allow any weights (--any-weights): they often work on a fine-tune of it, less faithfully."
         )
         if not any_weights:
             raise UserError(message)

@@ -11,6 +11,7 @@ from .errors import UserError
 ConceptVectors = Mapping[str, Mapping[str, Tensor]]
 """Concept name -> text encoder name -> token vectors [n, d]."""
 
+WORD = re.compile(r"[^\W_][\w']*")
 MARK = re.compile(r"<([^<>]*)>")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 EXAMPLE = "a photo of <rex:dog> and <doll:old doll> on <shore:beach>"
@@ -121,3 +122,18 @@ def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
         if concept.words:
             merged[concept.name] = concept
     return tuple(merged.values())
+
+
+def require_known(text: str, known: Iterable[str]) -> None:
+    """Refuse words that a model was never shown.
+
+    Raises:
+        UserError: there are some; it lists those that the model knows.
+    """
+    words = set(known)
+    unknown = [word for word in WORD.findall(text.lower()) if word not in words]
+    if unknown:
+        raise UserError(
+            f"This model does not know the word {', '.join(map(repr, unknown))}. "
+            f"It knows: {', '.join(sorted(words))}."
+        )

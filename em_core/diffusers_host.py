@@ -1,4 +1,4 @@
-"""The diffusion-model protocol over diffusers (an extra: `pip install "visual-concepts[diffusers]"`).
+"""The diffusion-model protocol over diffusers, which is an extra.
 
 Works with any Stable Diffusion 1.x / 2.x pipeline folder, and with a single .safetensors checkpoint
 where diffusers can read it without a network.
@@ -18,14 +18,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .attention import AttentionRecorder, CrossAttentionLayer, listening
-from .concepts import ConceptPrompt, ConceptVectors
+from .concepts import ConceptPrompt, ConceptVectors, require_known
 from .diffusion import Conditioning, ModelIdentity, NoiseSchedule
 from .errors import UserError
 from .vectors import random_vectors, spread_pieces
 from .weights import DIFF, DOWN, differences_applied, lora_applied
 
 SD2_WIDTH = 1024
-WORD = re.compile(r"[a-z0-9']+")
 
 
 def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def load_pipeline(path: Path) -> Any:
         from diffusers import StableDiffusionPipeline
     except ImportError as error:
         raise UserError(
-            'This needs diffusers. Install it with: pip install "visual-concepts[diffusers]"'
+            "This needs diffusers. Install it: pip install diffusers transformers"
         ) from error
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
@@ -85,6 +84,22 @@ def load_pipeline(path: Path) -> Any:
     )
 
 
+def require_plain_model(unet: Any, text_encoder: Any) -> None:
+    """Refuse a UNet that takes more than noise, a timestep and one text encoder's output.
+
+    Raises:
+        UserError: an inpainting model, SDXL, or another kind.
+    """
+    channels, width = unet.config.in_channels, unet.config.cross_attention_dim
+    text = text_encoder.get_input_embeddings().weight.shape[1]
+    if channels != 4 or width != text:
+        raise UserError(
+            f"This is no plain Stable Diffusion 1.x or 2.x model. Expected a UNet of 4 input channels "
+            f"and the text encoder's width of {text}, got {channels} channels and width {width}. "
+            "Inpainting models and SDXL cannot be used here."
+        )
+
+
 class DiffusersHost:
     """The protocol :class:`em_core.diffusion.DiffusionModel` over a diffusers Stable Diffusion pipeline.
 
@@ -103,6 +118,7 @@ class DiffusersHost:
         self.pipeline, self.known_words = pipeline, known_words
         self.device = torch.device(device)
         self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+        require_plain_model(self.unet, self.text_encoder)
         for module in (self.unet, self.vae, self.text_encoder):
             module.to(self.device, dtype).eval().requires_grad_(False)
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
@@ -182,12 +198,7 @@ class DiffusersHost:
             UserError: the model knows only some words, and `text` has others.
         """
         if self.known_words is not None:
-            unknown = [word for word in WORD.findall(text.lower()) if word not in self.known_words]
-            if unknown:
-                raise UserError(
-                    f"This model does not know the word {', '.join(map(repr, unknown))}. "
-                    f"It knows: {', '.join(sorted(self.known_words))}."
-                )
+            require_known(text, self.known_words)
         return self.pipeline.tokenizer(text, add_special_tokens=False).input_ids
 
     @contextmanager
@@ -221,14 +232,14 @@ class DiffusersHost:
             yield recorder
 
     def initial_vectors(
-        self, words: str, count: int, generator: torch.Generator
+        self, words: str, count: int | None, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "n d"]]:
         """Vectors of the words' pieces, or random ones with the table's mean and deviation."""
         table = self.text_encoder.get_input_embeddings().weight.detach().float()
         ids = self.pieces(words)
         if not ids:
-            return {self.encoder: random_vectors(table, count, generator)}
-        return {self.encoder: spread_pieces(table[ids], count)}
+            return {self.encoder: random_vectors(table, count or 1, generator)}
+        return {self.encoder: spread_pieces(table[ids], count or len(ids))}
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
         found = {}

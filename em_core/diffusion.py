@@ -133,9 +133,12 @@ class DiffusionModel(Protocol):
         ...
 
     def initial_vectors(
-        self, words: str, count: int, generator: torch.Generator
+        self, words: str, count: int | None, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "n d"]]:
-        """Encoder name -> `count` start vectors from `words`, or random ones where `words` is empty."""
+        """Encoder name -> start vectors from `words`, or random ones where `words` is empty.
+
+        There are `count` of them; None: as many as the words have pieces.
+        """
         ...
 
     def adaptable_layers(self) -> Mapping[str, nn.Linear]:

@@ -56,16 +56,28 @@ def e_step_picture(
     estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     accepted &= estimate.contrast >= settings.masks.acceptance * picture.contrast
+    masks, labels = trained_under(estimate, settings), estimate.masks
+    old_masks, old_labels = picture.masks, picture.labels
+    if settings.masks.competition:
+        old_masks, old_labels = outside(labels[accepted], old_masks, old_labels)
     pixels = accepted[:, None, None]
     return PictureState(
         maps=maps,
         rounds=picture.rounds + 1,
         pending=torch.zeros_like(picture.pending),
         pending_count=torch.zeros_like(picture.pending_count),
-        masks=torch.where(pixels, trained_under(estimate, settings), picture.masks),
-        labels=torch.where(pixels, estimate.masks, picture.labels),
+        masks=torch.where(pixels, masks, old_masks),
+        labels=torch.where(pixels, labels, old_labels),
         contrast=torch.where(accepted, estimate.contrast, picture.contrast),
     )
+
+
+def outside(
+    taken: Bool[Tensor, "n H W"], masks: Float[Tensor, "k H W"], labels: Bool[Tensor, "k H W"]
+) -> tuple[Float[Tensor, "k H W"], Bool[Tensor, "k H W"]]:
+    """Present masks without the pixels that new ones take: a pixel has one owner (method: overlap)."""
+    free = ~taken.any(dim=0)
+    return masks * free, labels & free
 
 
 def this_round(

@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .concepts import ConceptPrompt, ConceptVectors
+from .diffusion import DiffusionModel
 from .e_step import e_step, gather, trained_under
+from .errors import UserError
 from .estimate import Estimate, average_maps, map_side, masks_from_maps
 from .examples import stack_masks
 from .m_step import m_step
@@ -95,9 +98,7 @@ def first_masks(
     if settings.mode == "none":
         return blank
     if settings.mode == "given":
-        labels = stack_masks(prepared.example.masks, prepared.names, prepared.size).to(
-            problem.host.device
-        )
+        labels = given_masks(prepared).to(problem.host.device)
         return replace(blank, masks=labels.float(), labels=labels)
     passes = settings.masks.init_timesteps
     maps, estimate = attention_masks(problem, prepared, vectors, passes, g)
@@ -109,6 +110,46 @@ def first_masks(
         labels=estimate.masks,
         contrast=estimate.contrast,
     )
+
+
+def given_masks(prepared: Prepared) -> Bool[Tensor, "k H W"]:
+    """The user's masks.
+
+    Raises:
+        UserError: one is missing or empty: nothing can be learned under it.
+    """
+    labels = stack_masks(prepared.example.masks, prepared.names, prepared.size)
+    empty = [name for name, m in zip(prepared.names, labels, strict=True) if not m.any()]
+    if empty:
+        raise UserError(
+            f"The mask of {', '.join(empty)} is empty. Expected white where the concept is, in every "
+            "picture whose prompt names it."
+        )
+    return labels
+
+
+def known_vectors(
+    host: DiffusionModel, prompt: ConceptPrompt, learned: ConceptVectors
+) -> dict[str, dict[str, Tensor]]:
+    """Vectors of the learned concepts, and of the words (one a piece) of the prompt's others.
+
+    Raises:
+        UserError: a concept of the prompt is neither learned nor has words.
+    """
+    vectors = {
+        name: {encoder: v.to(host.device).float() for encoder, v in of.items()}
+        for name, of in learned.items()
+    }
+    for concept in prompt.concepts:
+        if concept.name in vectors:
+            continue
+        if not concept.words:
+            raise UserError(
+                f"Nothing is known of <{concept.name}>. Give words, as in <{concept.name}:dog>, or "
+                "concepts that were learned."
+            )
+        vectors[concept.name] = dict(host.initial_vectors(concept.words, None, torch.Generator()))
+    return vectors
 
 
 def attention_masks(
@@ -138,8 +179,9 @@ def learn(problem: Problem, state: RunState) -> Iterator[StepEvent]:
         state.curves.clear()
         yield masks_event(problem, state, None)
     while state.phase == "em" and not state.finished:
-        yield em_step(problem, state)
+        event = em_step(problem, state)
         state.finished = state.finished or state.step >= settings.steps
+        yield event
 
 
 def em_step(problem: Problem, state: RunState) -> StepEvent:

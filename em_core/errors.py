@@ -1,5 +1,10 @@
 """Errors whose message is written for the person who uses the pack."""
 
+import torch
+
+# The name without "cuda" came with torch 2.5.
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
 
 class UserError(ValueError):
     """An error whose message is meant for the user: what was expected, what came, what to do."""

@@ -18,6 +18,7 @@ from .attention import (
 )
 from .crf import MaskRefiner, labels
 from .diffusion import Conditioning, DiffusionModel
+from .errors import TrainingError, UserError
 from .examples import Picture
 from .masks import binarise, contrast, max_scaled, min_max
 from .settings import MaskSettings
@@ -151,7 +152,11 @@ def average_maps(
         summed = mean[:, : len(names)].sum(dim=0)
         total = summed if total is None else total + summed
     if total is None:
-        raise ValueError(f"Bad number of passes. Expected at least 1, got {passes}.")
+        raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
+    if not torch.isfinite(total).all():
+        raise TrainingError(
+            "The model's attention is not finite. Use a smaller learning rate or a wider number type."
+        )
     return total / passes
 
 

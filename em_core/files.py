@@ -33,8 +33,8 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
             f"Could not write {path}: {error}. Choose a folder that can be written and has space left."
         ) from error
     finally:
-        if aside.parent.is_dir():
-            aside.unlink(missing_ok=True)
+        if os.path.isfile(aside):
+            os.unlink(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,9 +60,15 @@ def write_tensors(
 ) -> None:
     """Write tensors and JSON values as one safetensors file of the given kind."""
     description = json.dumps({"kind": kind, **plain})
-    clean = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    clean = {name: own_copy(x.detach()) for name, x in tensors.items()}
     header = {DESCRIPTION: description, **(metadata or {})}
     write_aside(path, lambda aside: save_file(clean, aside, metadata=header))
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """The values in memory of their own, on the CPU."""
+    y = x.cpu().contiguous()
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,7 +77,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         UserError: no such file, not safetensors, truncated, of another kind, or not finite.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
     try:
         with safe_open(path, framework="pt") as file:

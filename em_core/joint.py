@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import losses
 from .concepts import ConceptPrompt
 from .em import StepEvent
+from .errors import UserError
 from .estimate import like_noise, stratified_timesteps
 from .m_step import Terms, forward_backward, update
 from .problem import Problem
@@ -58,11 +59,11 @@ def sum_of(terms: Terms) -> Tensor:
 def make_optimizer(problem: Problem, state: RunState) -> torch.optim.AdamW:
     """AdamW with one group for the weights and, unless they are kept, one for the tokens."""
     joint = problem.joint
-    groups: list[dict] = [{"params": in_order(state.weights), "lr": joint.learning_rate}]
+    groups: list[dict] = [{"params": in_order(state.weights), "lr": joint.weights_rate}]
     if joint.token_learning_rate is not None:
         tokens = [v for of in state.vectors.values() for v in of.values()]
         groups.append({"params": tokens, "lr": joint.token_learning_rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=joint.learning_rate, weight_decay=1e-2)
+    return torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2)
 
 
 def in_order(weights: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
@@ -93,7 +94,17 @@ def training_weights(problem: Problem, state: RunState) -> Iterator[None]:
 
 
 def take_over(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Make the parameters trainable, with `values` where there are some."""
+    """Make the parameters trainable, with `values` where there are some.
+
+    Raises:
+        UserError: they are too coarse for the small steps of training.
+    """
+    coarse = sorted({str(p.dtype) for p in parameters.values() if p.dtype != torch.float32})
+    if coarse:
+        raise UserError(
+            f"Whole weights are learned in float32, got {', '.join(coarse)}. Load the model in float32, "
+            "or learn a LoRA."
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             p.requires_grad_(True)

@@ -59,7 +59,7 @@ def draw(problem: Problem, state: RunState) -> Draw:
 
 def draw_subset(names: Sequence[str], settings: EMSettings, g: torch.Generator) -> tuple[str, ...]:
     """All concepts in the prompt's order, or a random ordered subset (Break-a-Scene's union sampling)."""
-    if not settings.union_sampling:
+    if not settings.draws_subsets:
         return tuple(names)
     order = torch.randperm(len(names), generator=g).tolist()
     count = int(torch.randint(1, len(names) + 1, (), generator=g))
@@ -69,7 +69,7 @@ def draw_subset(names: Sequence[str], settings: EMSettings, g: torch.Generator) 
 def condition(problem: Problem, state: RunState, drawn: Draw) -> Conditioning:
     """Encode the drawn prompts; without union sampling the prompt stands as the user wrote it."""
     prompt = problem.pictures[drawn.index].example.prompt
-    sampled = problem.settings.union_sampling
+    sampled = problem.settings.draws_subsets
     prompts = [prompt.subset(subset) if sampled else prompt for subset in drawn.subsets]
     return problem.host.encode_prompts(prompts, state.vectors)
 
@@ -163,7 +163,7 @@ def diffusion_term(
     present: Float[Tensor, "b k"],
 ) -> Float[Tensor, ""]:
     """Eq. 3 under the union of the masks of the concepts present in each sample, or Eq. 1."""
-    if settings.mode == "none" or not settings.masked_loss:
+    if not settings.masks_loss:
         return losses.diffusion_loss(prediction, target)
     small = resize_masks(masks, (prediction.shape[-2], prediction.shape[-1]))
     mask = union(small[None] * present[:, :, None, None])

@@ -60,23 +60,6 @@ def binarise(maps: Masks, threshold: Threshold, competition: bool = True) -> Boo
     return above & compete(maps.where(above, torch.zeros_like(maps))) if competition else above
 
 
-def fill_holes(masks: Bool[Tensor, "k h w"]) -> Bool[Tensor, "k h w"]:
-    """Fill regions that no 4-connected path outside the mask joins to the picture's border."""
-    free = F.pad(~masks, (1, 1, 1, 1), value=True)
-    outside = torch.zeros_like(free)
-    outside[:, 0, 0] = True
-    while True:
-        grown = outside.clone()
-        grown[:, 1:] |= outside[:, :-1]
-        grown[:, :-1] |= outside[:, 1:]
-        grown[:, :, 1:] |= outside[:, :, :-1]
-        grown[:, :, :-1] |= outside[:, :, 1:]
-        grown &= free
-        if torch.equal(grown, outside):
-            return ~outside[:, 1:-1, 1:-1]
-        outside = grown
-
-
 def iou(a: Bool[Tensor, "*b h w"], b: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
     """Intersection over union of each pair of masks; two empty masks agree (1)."""
     both = (a & b).flatten(-2).sum(dim=-1).float()

@@ -1,5 +1,6 @@
 """Pictures on disk: read with every quirk handled or refused, drawn over, laid side by side."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         UserError: no such file, not an image, damaged, or larger than 64 megapixels.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"No file {path}. Expected a picture (PNG, JPEG, WebP).")
     try:
         with Image.open(path) as image:
@@ -54,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
-    """RGB in 0..1. Alpha is laid over white; 16-bit greys keep their range.
+    """RGB in 0..1. Alpha is laid over white; greys of 16 bits and of floats keep their range.
 
     Raises:
         UserError: see :func:`open_image`.
@@ -62,7 +63,7 @@ def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
     image = open_image(path)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.array(image, dtype=np.float32)
-        grey /= np.float32(65535 if grey.max() > 255 else 255)
+        grey /= np.float32(full_range(grey) if image.mode == "F" else 65535)
         return torch.from_numpy(np.repeat(grey.clip(0, 1)[None], 3, axis=0))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -72,7 +73,7 @@ def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
 
 
 def read_mask(path: Path) -> Bool[Tensor, "H W"]:
-    """First channel over half of its range.
+    """First channel over half of its range: 1 where no value is larger, else 8 or 16 bits.
 
     Raises:
         UserError: see :func:`open_image`.
@@ -82,9 +83,13 @@ def read_mask(path: Path) -> Bool[Tensor, "H W"]:
         image if image.mode.startswith("I") or image.mode in "1LF" else image.convert("RGB")
     )
     first = first if first.ndim == 2 else first[..., 0]
-    if first.dtype == bool:
-        return torch.from_numpy(first.copy())
-    return torch.from_numpy(first > (32767 if first.max() > 255 else 127))
+    return torch.from_numpy(first > full_range(first) / 2)
+
+
+def full_range(values: Shaped[np.ndarray, "h w"]) -> int:
+    """What stands for white, by the largest value: 1, or the most of 8 or 16 bits."""
+    most = values.max()
+    return 1 if most <= 1 else 255 if most <= 255 else 65535
 
 
 def from_image(image: Image.Image) -> Float[Tensor, "3 H W"]:

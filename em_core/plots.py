@@ -1,4 +1,4 @@
-"""Plots of a run's curves (an extra: `pip install "visual-concepts[plots]"`)."""
+"""Plots of a run's curves. They need matplotlib, which is an extra."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +19,27 @@ PANELS = (
 SMOOTHING = 15
 
 
+def load_matplotlib() -> tuple[Any, Any]:
+    """matplotlib's Figure and its canvas without a window.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("This needs matplotlib. Install it: pip install matplotlib") from error
+    return Figure, FigureCanvasAgg
+
+
 def plot_curves(curves: Curves, path: Path) -> None:
     """Write a PNG with one panel each for IoU, areas and losses, as far as there are any.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            'This needs matplotlib. Install it with: pip install "visual-concepts[plots]"'
-        ) from error
+    Figure, FigureCanvasAgg = load_matplotlib()
     panels = [
         (kind, title) for kind, title in PANELS if any(n.startswith(kind + "/") for n in curves)
     ]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .crf import DEMO
-from .settings import EMSettings, JointSettings, MaskSettings
+from .settings import EMSettings, JointSettings, MaskSettings, WeightKind
 
 DEMO_FAMILY = "sd-64"
 
@@ -17,15 +17,16 @@ def em_settings(family: str) -> EMSettings:
         learning_rate=0.02,
         batch=2,
         attention_weight=0.2,
-        masks=MaskSettings(threshold=0.2, crf=replace(DEMO, bilateral_theta_rgb=6.0)),
+        masks=MaskSettings(threshold=0.2, crf=DEMO),
     )
 
 
-def joint_settings(family: str) -> JointSettings:
-    """Defaults of the joint phase for a family."""
+def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
+    """Defaults of a kind of joint phase for a family."""
     if family != DEMO_FAMILY:
-        return JointSettings()
-    return JointSettings(steps=100, learning_rate=1e-3, token_learning_rate=2e-3)
+        return JointSettings(kind)
+    rate = 1e-3 if kind == "lora" else 1e-4
+    return JointSettings(kind, steps=100, learning_rate=rate, token_learning_rate=2e-3)
 
 
 def literal(settings: EMSettings) -> EMSettings:

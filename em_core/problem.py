@@ -39,7 +39,8 @@ class Prepared:
         known = [name for name in self.names if name in self.example.truth]
         if not known:
             return {}
-        return dict(zip(known, stack_masks(self.example.truth, known, self.size), strict=True))
+        truth = stack_masks(self.example.truth, known, self.size).to(self.Z0.device)
+        return dict(zip(known, truth, strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,5 +94,15 @@ def prepare_picture(host: DiffusionModel, example: Example, settings: EMSettings
 
 @torch.no_grad()
 def encode(host: DiffusionModel, picture: Float[Tensor, "3 H W"]) -> Latent:
-    """Latent of one picture in 0..1."""
-    return host.encode_image(picture[None] * 2 - 1)
+    """Latent of one picture in 0..1.
+
+    Raises:
+        UserError: the autoencoder fails on it, as some do in half precision.
+    """
+    Z0 = host.encode_image(picture[None] * 2 - 1)
+    if not torch.isfinite(Z0).all():
+        raise UserError(
+            "The autoencoder (VAE) gave values that are not finite for a picture. Run it in float32 "
+            "or bfloat16, or use a VAE that was made for half precision."
+        )
+    return Z0

@@ -16,6 +16,7 @@ from .state import RunState
 
 Listener = Callable[[StepEvent, RunState], None]
 SAVE_SECONDS = 20.0
+SAVE_SHARE = 10  # a large state: at most a tenth of the time goes into writing it
 
 
 def run(
@@ -27,12 +28,13 @@ def run(
 ) -> bool:
     """Run what is left of both phases; True when all is done, False when `stop` asked to end.
 
-    The state goes to `state_file` every 20 seconds, when stopped, and when training fails.
+    The state goes to `state_file` every 20 seconds (less often where writing takes long), before the
+    joint phase, when stopped, and when training fails.
 
     Raises:
         TrainingError: a loss is not finite; the last good state is in `state_file`.
     """
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     try:
         for event in chain(learn(problem, state), learn_joint(problem, state)):
             for listen in listeners:
@@ -40,9 +42,12 @@ def run(
             if stop():
                 save(state, state_file)
                 return False
-            if time.monotonic() - saved > SAVE_SECONDS:
+            now = time.monotonic()
+            ends = event.phase == "em" and state.finished and problem.joint.kind != "none"
+            if ends or now - saved > max(SAVE_SECONDS, SAVE_SHARE * took):
                 save(state, state_file)
                 saved = time.monotonic()
+                took = saved - now
     except TrainingError:
         save(state, state_file)
         raise

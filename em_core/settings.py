@@ -44,6 +44,17 @@ class MaskSettings:
     guards: Guards = field(default_factory=Guards)
     acceptance: float = 0.9
 
+    def __post_init__(self) -> None:
+        passes, tau = self.init_timesteps, self.threshold
+        require("number of passes", passes, passes >= 1, "at least 1")
+        fits = len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1] <= 1
+        require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
+        fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
+        require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
+        scales = ("min-max", "max")
+        require("normalisation", self.normalise, self.normalise in scales, f"one of {scales}")
+        require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")
+
 
 @dataclass(frozen=True)
 class EMSettings:
@@ -62,7 +73,8 @@ class EMSettings:
         attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
         end_of_text_weight: of ViCo's regulariser (ViCo: 5e-4; 0 is off).
         gradient_clip: total norm (Break-a-Scene: 1.0).
-        union_sampling: draw a random subset of the picture's concepts per sample (Break-a-Scene).
+        union_sampling: draw a random subset of the picture's concepts per sample (Break-a-Scene);
+            without masks on the loss every sample has them all, as its target does.
         flip: mirror picture and masks at random (Break-a-Scene does; wrong for asymmetric subjects).
         e_step_every: M-steps between E-steps (VCD: 1).
         refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
@@ -101,9 +113,24 @@ class EMSettings:
         require("steps", self.steps, self.steps >= 1, "at least 1")
         require("batch", self.batch, self.batch >= 1, "at least 1")
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
-        require("learning rate", self.learning_rate, self.learning_rate > 0, "more than 0")
+        require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
         require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
-        require("refresh", self.refresh, self.refresh >= 0, "at least 0")
+        for name in ("refresh", "attention_weight", "end_of_text_weight", "patience", "settled"):
+            value = getattr(self, name)
+            require(name, value, value >= 0, "at least 0")
+        require("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "more than 0")
+        side = self.image_side
+        require("side of pictures", side, side is None or side >= 1, "at least 1, or None")
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether the diffusion loss is Eq. 3; else it is Eq. 1."""
+        return self.masked_loss and self.mode != "none"
+
+    @property
+    def draws_subsets(self) -> bool:
+        """Whether samples differ in the concepts that their prompts name."""
+        return self.union_sampling and self.masks_loss
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,8 @@ class JointSettings:
     Attributes:
         kind: "lora", "cross_attention" (keys and values), "full", or "none" to skip the phase.
         steps: of this phase (Break-a-Scene: 400).
-        learning_rate: of the weights; LoRA 1e-4 (Mix-of-Show), full weights 2e-6 (Break-a-Scene).
+        learning_rate: of the weights; None: what suits the kind, which is 1e-4 for a LoRA
+            (Mix-of-Show) and 2e-6 for whole weights (Break-a-Scene).
         token_learning_rate: of the token vectors; None keeps them as the EM loop left them.
         rank, alpha: of the LoRA; its output is scaled by alpha / rank (Mix-of-Show: 4, 1).
         prior_weight: of the prior preservation loss; 0 is off (Break-a-Scene: 1).
@@ -123,7 +151,7 @@ class JointSettings:
 
     kind: WeightKind = "none"
     steps: int = 400
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     token_learning_rate: float | None = 5e-5
     rank: int = 4
     alpha: float = 1.0
@@ -140,6 +168,25 @@ class JointSettings:
         )
         require("joint steps", self.steps, self.steps >= 1, "at least 1")
         require("rank", self.rank, self.rank >= 1, "at least 1")
+        for name in ("learning_rate", "token_learning_rate"):
+            rate = getattr(self, name)
+            require(f"{name} of the joint phase", rate, rate is None or is_rate(rate), RATE)
+        require("alpha", self.alpha, self.alpha > 0, "more than 0")
+        require("prior_weight", self.prior_weight, self.prior_weight >= 0, "at least 0")
+        require("prior_pictures", self.prior_pictures, self.prior_pictures >= 1, "at least 1")
+
+    @property
+    def weights_rate(self) -> float:
+        """The weights' learning rate."""
+        return self.learning_rate or (1e-4 if self.kind == "lora" else 2e-6)
+
+
+RATE = "a number over 0 and at most 1"
+
+
+def is_rate(value: float) -> bool:
+    """Whether it can be a learning rate."""
+    return 0 < value <= 1
 
 
 def require(what: str, value: object, fine: bool, expected: str) -> None:

@@ -86,7 +86,8 @@ class RunState:
         tensors: dict[str, Tensor] = {}
         tensors |= {f"vectors/{c}/{e}": v for c, of in self.vectors.items() for e, v in of.items()}
         tensors |= {f"weights/{name}": w for name, w in self.weights.items()}
-        tensors |= {f"optimizer/{name}": x for name, x in flatten_optimizer(self.optimizer).items()}
+        moments = self.moments or flatten_optimizer(self.optimizer)
+        tensors |= {f"optimizer/{name}": x for name, x in moments.items()}
         for i, picture in enumerate(self.pictures):
             tensors |= {f"pictures/{i}/{name}": x for name, x in picture.tensors().items()}
         tensors["generator"] = self.generator.get_state()

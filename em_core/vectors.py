@@ -5,6 +5,8 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from .errors import UserError
+
 
 def random_vectors(
     table: Float[Tensor, "v d"], count: int, generator: torch.Generator
@@ -19,7 +21,13 @@ def random_vectors(
 
 
 def spread_pieces(pieces: Float[Tensor, "p d"], count: int) -> Float[Tensor, "n d"]:
-    """`count` vectors from p pieces: means of neighbouring pieces where p > count, repeats where p < count."""
+    """`count` vectors from p pieces: means of neighbouring pieces where p > count, repeats where p < count.
+
+    Raises:
+        UserError: the model never saw these pieces; their vectors are 0.
+    """
+    if not pieces.any():
+        raise UserError("The model was never taught these words: their vectors are 0. Use others.")
     if len(pieces) >= count:
         return torch.stack([group.mean(dim=0) for group in torch.tensor_split(pieces, count)])
     return pieces[torch.arange(count) % len(pieces)]

@@ -37,7 +37,8 @@ class ApplyConceptTokens(io.ComfyNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="1: as learned. 0: the words the concept started from. Above 1: exaggerated.",
+                    tooltip="Of the tokens and of a LoRA. 1: as learned. 0: the words the concept started from "
+                    "(nothing for one without words). Above 1: exaggerated.",
                 ),
                 io.Mask.Input(
                     "masks",
@@ -46,7 +47,10 @@ class ApplyConceptTokens(io.ComfyNode):
                     "learned. Without masks they act everywhere.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output()],
+            outputs=[
+                io.Model.Output(tooltip="With the learned weights, if there are any."),
+                io.Clip.Output(tooltip="For CLIP Text Encode: it understands <name>."),
+            ],
         )
 
     @classmethod

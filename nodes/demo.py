@@ -27,7 +27,13 @@ class LoadDemoModel(io.ComfyNode):
             "substitute for a real checkpoint. Its autoencoder shrinks by 4, not 8: an empty latent of "
             "128x128 makes a picture of 64x64.",
             inputs=[],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The demo model's UNet."),
+                io.Clip.Output(
+                    tooltip="Its text encoder; it refuses words that it was never shown."
+                ),
+                io.Vae.Output(tooltip="Its autoencoder: 64x64 pixels to 16x16."),
+            ],
         )
 
     @classmethod
@@ -67,7 +73,7 @@ class DemoScene(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(),
+                io.Image.Output(tooltip="The picture, 64x64."),
                 io.String.Output("prompt", display_name="prompt", tooltip="For Concept Example."),
                 io.Mask.Output(tooltip="The true mask of each concept, in the prompt's order."),
             ],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..em_core.concept_set import ConceptSet
 from ..em_core.concepts import ConceptPrompt
-from ..em_core.em import attention_masks
+from ..em_core.em import attention_masks, known_vectors
 from ..em_core.errors import UserError
 from ..em_core.examples import Example, Picture
 from ..em_core.presets import em_settings
@@ -21,7 +21,6 @@ from ..em_core.problem import prepare
 from ..em_core.settings import MaskSettings
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
-from .host.text import pieces
 from .learn import AUTO
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
@@ -41,7 +40,7 @@ class ExtractLatentMasks(io.ComfyNode):
             display_name="Extract Latent Masks",
             category=MASKS,
             search_aliases=["text to mask", "segment by text", "attention map", "daam", "clipseg"],
-            description="Text to mask with any checkpoint: mark what is to be found, as in: "
+            description="Text to mask with any SD 1.x, 2.x or SDXL checkpoint: mark what is to be found, as in: "
             f"{EXAMPLE}. With learned concepts, <name> alone finds them in other pictures.",
             inputs=[
                 io.Model.Input("model", tooltip="Any Stable Diffusion 1.x, 2.x or SDXL checkpoint."),
@@ -101,7 +100,9 @@ class ExtractLatentMasks(io.ComfyNode):
         pictures = pictures_of(image)
         host = ComfyHost(model, clip, vae)
         try:
-            vectors = known_vectors(host, parsed, concepts)
+            if concepts is not None:
+                require_same_family(concepts, clip)
+            vectors = known_vectors(host, parsed, concepts.vectors if concepts else {})
             found = [
                 masks_in(host, Example(p, parsed), vectors, passes, threshold, crf, seed)
                 for p in pictures
@@ -110,33 +111,6 @@ class ExtractLatentMasks(io.ComfyNode):
             host.release()
         heat = torch.cat([heat_maps(p, A) for p, (A, _) in zip(pictures, found, strict=True)])
         return io.NodeOutput(to_mask([masks for _, masks in found]), heat)
-
-
-def known_vectors(host: ComfyHost, prompt: ConceptPrompt, concepts: ConceptSet | None) -> dict:
-    """Vectors of the learned concepts, and of the words of the others.
-
-    Raises:
-        UserError: concepts of another family, or a name that has neither.
-    """
-    vectors: dict[str, dict[str, Tensor]] = {}
-    if concepts is not None:
-        require_same_family(concepts, host.clip)
-        vectors = {
-            name: {e: v.to(host.device).float() for e, v in of.items()}
-            for name, of in concepts.vectors.items()
-        }
-    for concept in prompt.concepts:
-        if concept.name in vectors:
-            continue
-        if not concept.words:
-            raise UserError(
-                f"Nothing is known of <{concept.name}>. Give words, as in <{concept.name}:dog>, or connect "
-                "learned concepts."
-            )
-        first = next(iter(host.encoders))
-        count = max(1, len(pieces(host.clip.tokenizer, first, concept.words)))
-        vectors[concept.name] = host.initial_vectors(concept.words, count, torch.Generator())
-    return vectors
 
 
 def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: str) -> MaskSettings:

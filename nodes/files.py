@@ -155,7 +155,13 @@ class LoadConcepts(io.ComfyNode):
                     tooltip=f"A file in models/{KIND}.",
                 )
             ],
-            outputs=[Concepts.Output("concepts", display_name="concepts")],
+            outputs=[
+                Concepts.Output(
+                    "concepts",
+                    display_name="concepts",
+                    tooltip="For Apply Concept Tokens and Extract.",
+                )
+            ],
         )
 
     @classmethod

@@ -100,11 +100,11 @@ def settings_of(
     Raises:
         UserError: a value out of its range.
     """
-    em, joint = em_settings(family), joint_settings(family)
+    em, joint = em_settings(family), joint_settings(family, kind)
     em = replace(em, mode=mode, steps=steps, seed=seed, **changed(advanced, EM_NAMES))
     em = replace(em, end_of_text_weight=advanced.get("end_of_text_weight", 0.0))
     em = replace(em, flip=advanced.get("flip", False), masks=masks_settings(em, advanced))
-    joint = replace(joint, kind=kind, **changed(advanced, JOINT_NAMES))
+    joint = replace(joint, **changed(advanced, JOINT_NAMES))
     return em, replace(joint, prior_weight=advanced.get("prior_weight", 0.0))
 
 
@@ -180,7 +180,8 @@ def main_inputs() -> list[Any]:
             "memory",
             options=CHOICES,
             default="auto",
-            tooltip="What the graphics card has. Smaller presets compute in half precision and recompute.",
+            tooltip="What the graphics card has. 24 GB: float32, every joint phase. 12 GB: bfloat16, tokens and "
+            "LoRA. 8 GB: the same, activations computed twice. At most 8, 4 and 1 samples a step.",
         ),
     ]
 
@@ -203,7 +204,7 @@ def advanced_inputs() -> list[Any]:
     return [
         count("vectors", "Token vectors per concept.", 32),
         count("resolution", "Side of the square whose area pictures are resized to.", 2048, 8),
-        count("batch", "Noise samples per step.", 64),
+        count("batch", "Noise samples per step, as far as the memory preset allows.", 8),
         number("learning_rate", "Learning rate of the tokens."),
         number("attention_weight", "Weight of the attention loss.", 10.0, 0.001),
         io.Float.Input(

@@ -55,11 +55,11 @@ class RefineCRF(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "iterations",
-                    default=10,
+                    default=0,
                     min=0,
                     max=100,
                     optional=True,
-                    tooltip="Mean-field updates.",
+                    tooltip="Mean-field updates; 0: the preset's.",
                     **ADVANCED,
                 ),
                 io.Int.Input(
@@ -78,7 +78,7 @@ class RefineCRF(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     optional=True,
-                    tooltip="How much the given mask is trusted against the picture.",
+                    tooltip="How much the given mask is trusted against the picture; near 0 nothing is left of it.",
                     **ADVANCED,
                 ),
             ],
@@ -93,15 +93,16 @@ class RefineCRF(io.ComfyNode):
         preset: str,
         together: bool,
         soft: bool,
-        iterations: int = 10,
+        iterations: int = 0,
         working_size: int = 512,
         strength: float = 1.0,
     ) -> io.NodeOutput:
         if preset == "off":
             return io.NodeOutput(mask)
+        numbers = PRESETS[preset]
         settings = replace(
-            PRESETS[preset],
-            iterations=iterations,
+            numbers,
+            iterations=iterations or numbers.iterations,
             working_size=working_size or None,
             unary_strength=strength,
             joint=together,
@@ -119,12 +120,12 @@ def refine(image: Any, mask: Any, settings: CRFSettings, soft: bool) -> Tensor:
     each, rest = divmod(len(masks), len(pictures))
     if rest or not each:
         raise UserError(
-            f"Bad number of masks. Expected the same number for each of {len(pictures)} pictures, got {len(masks)}."
+            f"Bad number of masks. Expected the same number for each of {len(pictures)} pictures, "
+            f"got {len(masks)}. Join them with Batch Masks in the pictures' order."
         )
     refined = []
     for picture, group in zip(pictures, masks.split(each), strict=True):
-        with torch.no_grad():
-            marginals = MaskRefiner(picture, settings)(group)
+        marginals = MaskRefiner(picture, settings)(group)
         refined.append(marginals if soft else labels(marginals, settings.joint).float())
     return to_mask(refined)
 

@@ -1,8 +1,11 @@
 """What the commands share: models, pictures, progress."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..concepts import ConceptPrompt
 from ..demo import model_path
@@ -10,8 +13,17 @@ from ..diffusers_host import DiffusersHost
 from ..em import StepEvent
 from ..errors import UserError
 from ..examples import Example, NamedMasks
+from ..files import write_text
 from ..pictures import read_mask, read_picture
 from ..state import RunState
+
+
+def positive(text: str) -> int:
+    """A whole number over 0: what argparse calls a type."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise ArgumentTypeError(f"expected a whole number over 0, got {text!r}")
+    return value
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -19,15 +31,52 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="demo",
-        help="demo, a diffusers pipeline folder, or a .safetensors checkpoint",
+        help="demo, a diffusers pipeline folder, or a .safetensors checkpoint (%(default)s)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    add_device(parser)
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument(
+        "--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)"
+    )
 
 
 def load_host(model: str, device: str = "cpu") -> DiffusersHost:
-    """The model that `--model` names."""
+    """The model that `--model` names.
+
+    Raises:
+        UserError: no such model or device.
+    """
     quiet_libraries()
-    return DiffusersHost.load(model_path() if model == "demo" else Path(model), device)
+    place = torch_device(device)
+    return DiffusersHost.load(model_path() if model == "demo" else Path(model), place)
+
+
+def torch_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"No device {name!r} here. Expected cpu, or cuda on a machine with one."
+        ) from error
+
+
+def require_folder(out: Path) -> None:
+    """Fail before the work, not after it, where the folder cannot be written.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written to it.
+    """
+    probe = out / ".writable"
+    write_text(probe, "")
+    probe.unlink()
 
 
 def quiet_libraries() -> None:
@@ -86,11 +135,31 @@ def read_examples(
     return examples
 
 
+def load_tqdm() -> Any:
+    """The class of progress bars.
+
+    Raises:
+        UserError: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise UserError(
+            "The progress bar needs tqdm. Install it (pip install tqdm), or add --quiet."
+        ) from error
+    return tqdm
+
+
 class Progress:
     """A progress bar that shows the losses and, where it is known, the mean IoU."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.bar, self.phase = quiet, None, ""
+        """
+        Raises:
+            UserError: a bar is wanted and tqdm is not installed.
+        """
+        self.new_bar = None if quiet else load_tqdm()
+        self.bar, self.phase = None, ""
         self.shown: dict[str, str] = {}
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
@@ -107,14 +176,11 @@ class Progress:
 
     def open(self, event: StepEvent) -> None:
         """Start the bar of a phase."""
-        from tqdm import tqdm
-
         self.close()
         self.phase = event.phase
         titles = {"em": "learning tokens and masks", "joint": "learning tokens and weights"}
-        self.bar = tqdm(
-            total=event.steps, desc=titles[event.phase], disable=self.quiet, unit="step"
-        )
+        if self.new_bar is not None:
+            self.bar = self.new_bar(total=event.steps, desc=titles[event.phase], unit="step")
 
     def close(self) -> None:
         """End the bar."""

@@ -21,14 +21,13 @@ from ..examples import Example
 from ..files import write_json
 from ..metrics import final_iou, metrics
 from ..pictures import overlay, save_image, save_mask, sheet, to_image
-from ..plots import plot_curves
+from ..plots import load_matplotlib, plot_curves
 from ..presets import em_settings, joint_settings
 from ..problem import Problem, prepare
 from ..runner import run
 from ..settings import Mode
 from ..state import RunState
-from .common import Progress, load_host
-from .learn import require_folder
+from .common import Progress, load_host, require_folder
 
 SEED, SET = 1, "C"
 SCALE = 3
@@ -71,6 +70,7 @@ def run_command(args: argparse.Namespace) -> int:
     """Write everything to --out and print a short table."""
     started, out = time.monotonic(), args.out
     require_folder(out)
+    load_matplotlib()
     host = load_host("demo")
     scene = concept_scene(args.seed, args.set)
     write_scene(scene, out / "scene")
@@ -103,7 +103,7 @@ def learn(
     started = time.monotonic()
     family = host.identity().family
     settings = replace(em_settings(family), mode=mode, seed=seed)
-    joint = replace(joint_settings(family), kind="lora" if mode == "em" else "none")
+    joint = joint_settings(family, "lora" if mode == "em" else "none")
     problem = prepare(host, [example], settings, joint)
     state, progress = initialise(problem), Progress()
     run(problem, state, [progress, *listeners])

@@ -9,7 +9,7 @@ from PIL import Image
 from ..concept_set import ConceptSet
 from ..concepts import ConceptPrompt
 from ..pictures import save_image, sheet, to_image
-from .common import add_model, load_host
+from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """example:
   python -m em_core generate --concepts output/learned/concepts.safetensors \\
@@ -28,13 +28,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--concepts", type=Path, required=True, help="a concepts.safetensors file")
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--count", type=int, default=4, help="pictures per prompt")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first picture; the others count on"
+        "--count", type=positive, default=4, help="pictures per prompt (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=30, help="sampling steps")
     parser.add_argument(
-        "--guidance", type=float, default=5.0, help="classifier-free guidance scale"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture; the others count on (%(default)s)",
+    )
+    parser.add_argument("--steps", type=positive, default=30, help="sampling steps (%(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=5.0, help="classifier-free guidance scale (%(default)s)"
     )
     parser.add_argument(
         "--any-weights", action="store_true", help="also on a fine-tune of the model they come from"
@@ -49,6 +54,7 @@ def run_command(args: argparse.Namespace) -> int:
     prompts = [ConceptPrompt.parse(text) for text in args.prompt]
     host = load_host(args.model, args.device)
     concepts.require_fit(host.identity(), any_weights=args.any_weights)
+    require_folder(args.out)
     seeds = range(args.seed, args.seed + args.count)
     pages: list[Sequence[Image.Image]] = []
     with host.adapted(concepts.weights, concepts.lora_scale):

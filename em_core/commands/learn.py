@@ -9,16 +9,16 @@ from pathlib import Path
 from ..concept_set import conclude
 from ..em import initialise, resume
 from ..errors import UserError
-from ..files import write_json, write_text
+from ..files import write_json
 from ..metrics import metrics
 from ..pictures import save_mask
-from ..plots import plot_curves
+from ..plots import load_matplotlib, plot_curves
 from ..presets import em_settings, joint_settings, literal
 from ..problem import Problem, prepare
 from ..runner import run, stop_on_signal
 from ..settings import EMSettings, JointSettings
 from ..state import RunState
-from .common import Progress, add_model, load_host, read_examples
+from .common import Progress, add_model, load_host, read_examples, require_folder
 
 STATE = "state.safetensors"
 EXAMPLE = """example:
@@ -44,7 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="one prompt per picture, or one for all: a photo of <rex:dog> on grass",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--mode", choices=("em", "fixed", "given", "none"), default="em")
+    parser.add_argument(
+        "--mode",
+        choices=("em", "fixed", "given", "none"),
+        default="em",
+        help="masks: found while learning (em, the default), found once, yours, or none",
+    )
     parser.add_argument(
         "--masks",
         type=Path,
@@ -59,19 +64,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=[],
         help="folder of true masks, one per picture, for the IoU curves",
     )
-    parser.add_argument("--steps", type=int, help="steps of the EM loop")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vectors", type=int, default=1, help="token vectors per concept")
-    parser.add_argument("--learning-rate", type=float, help="of the token vectors")
+    parser.add_argument(
+        "--steps", type=int, help="steps of the EM loop; otherwise 400, with the demo model 120"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
+    parser.add_argument(
+        "--vectors", type=int, default=1, help="token vectors per concept (%(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="of the token vectors; otherwise what suits the model"
+    )
     parser.add_argument(
         "--joint",
         choices=("none", "lora", "cross_attention", "full"),
         default="none",
-        help="then learn tokens and weights together",
+        help="then learn tokens and weights together (%(default)s)",
     )
-    parser.add_argument("--joint-steps", type=int, help="steps of the joint phase")
     parser.add_argument(
-        "--prior-weight", type=float, default=0.0, help="prior preservation in the joint phase"
+        "--joint-steps",
+        type=int,
+        help="steps of the joint phase; otherwise 400, with the demo model 100",
+    )
+    parser.add_argument(
+        "--joint-learning-rate",
+        type=float,
+        help="of the weights; otherwise what suits the model and the kind of joint phase",
+    )
+    parser.add_argument(
+        "--prior-weight",
+        type=float,
+        default=0.0,
+        help="prior preservation in the joint phase (%(default)s: off)",
     )
     parser.add_argument(
         "--literal", action="store_true", help="the paper's own loop: an E-step after every step"
@@ -89,19 +112,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, JointSettings]:
     """Both phases' settings: the family's defaults, changed as asked."""
-    em, joint = em_settings(family), joint_settings(family)
+    em, joint = em_settings(family), joint_settings(family, args.joint)
     changes = {"steps": args.steps, "learning_rate": args.learning_rate}
     em = replace(em, mode=args.mode, seed=args.seed, vectors=args.vectors)
     em = replace(em, **{name: value for name, value in changes.items() if value is not None})
     em = literal(em) if args.literal else em
     em = replace(em, masks=replace(em.masks, crf=None)) if args.no_crf else em
-    joint = replace(joint, kind=args.joint, prior_weight=args.prior_weight)
-    return em, joint if args.joint_steps is None else replace(joint, steps=args.joint_steps)
+    changes = {"steps": args.joint_steps, "learning_rate": args.joint_learning_rate}
+    joint = replace(joint, prior_weight=args.prior_weight)
+    return em, replace(joint, **{n: value for n, value in changes.items() if value is not None})
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Learn, and write the results; a stopped run says how it goes on."""
     require_folder(args.out)
+    load_matplotlib()
+    state_file = args.out / STATE
+    require_state(state_file, expected=args.resume)
     if args.mode == "given" and not args.masks:
         raise UserError(
             "Mode given needs --masks: a folder with mask_<concept>.png for each picture."
@@ -109,14 +136,11 @@ def run_command(args: argparse.Namespace) -> int:
     examples = read_examples(args.image, args.prompt, args.masks, args.truth)
     host = load_host(args.model, args.device)
     problem = prepare(host, examples, *settings_of(args, host.identity().family))
-    state_file = args.out / STATE
     started = time.monotonic()
-    if args.resume and not state_file.is_file():
-        raise UserError(f"Nothing to resume in {args.out}: no {STATE}. Start without --resume.")
-    state = resume(problem, state_file) if args.resume else initialise(problem)
-    state.to_file(state_file)
     progress = Progress(args.quiet)
     with stop_on_signal() as stop:
+        state = resume(problem, state_file) if args.resume else initialise(problem)
+        state.to_file(state_file)
         done = run(problem, state, [progress], state_file, stop)
     progress.close()
     if not done:
@@ -129,11 +153,19 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def require_folder(out: Path) -> None:
-    """Fail before the work, not after it, where the folder cannot be written."""
-    probe = out / ".writable"
-    write_text(probe, "")
-    probe.unlink()
+def require_state(file: Path, *, expected: bool) -> None:
+    """Neither resume what is not there nor write over a run that was stopped.
+
+    Raises:
+        UserError: the file of a stopped run is missing, or there is one that was not expected.
+    """
+    if expected and not file.is_file():
+        raise UserError(f"Nothing to resume: no {file}. Start without --resume.")
+    if file.is_file() and not expected:
+        raise UserError(
+            f"{file.parent} holds a run that was stopped. Go on with it with --resume, "
+            f"or delete {file.name} there to start anew."
+        )
 
 
 def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """`python -m em_core masks`: masks of words or learned concepts in a picture."""
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,14 @@ import torch
 from ..concept_set import ConceptSet
 from ..concepts import ConceptPrompt
 from ..diffusers_host import DiffusersHost
-from ..em import attention_masks
+from ..em import attention_masks, known_vectors
 from ..errors import UserError
 from ..examples import Example
 from ..masks import Threshold
 from ..pictures import overlay, read_picture, save_image, save_mask, to_image
 from ..presets import em_settings
 from ..problem import prepare
-from .common import add_model, load_host
+from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """examples:
   python -m em_core masks --image photo.png --prompt "a photo of <a:star> and <b:heart> on grass" --out output/masks
@@ -33,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True, help="the picture to look in")
     parser.add_argument(
         "--prompt", required=True, help="what is to be found stands as <name:words> or <name>"
     )
@@ -44,12 +45,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         required=True,
         help="folder for mask_<name>.png, heat_<name>.png, overlay.png",
     )
-    parser.add_argument("--passes", type=int, default=50, help="noise samples that are averaged")
-    parser.add_argument("--threshold", default=None, help="0..1 on the normalised map, or otsu")
+    parser.add_argument(
+        "--passes", type=positive, default=50, help="noise samples that are averaged (%(default)s)"
+    )
+    parser.add_argument(
+        "--threshold",
+        help="between 0 and 1 on the normalised map, or otsu; else what suits the model",
+    )
     parser.add_argument(
         "--no-crf", action="store_true", help="do not refine the masks with the DenseCRF"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument(
         "--any-weights", action="store_true", help="also on a fine-tune of the model they come from"
     )
@@ -61,7 +67,9 @@ def run_command(args: argparse.Namespace) -> int:
     """Write masks, heat maps and an overlay."""
     example = Example(read_picture(args.image), ConceptPrompt.parse(args.prompt).require_concepts())
     host = load_host(args.model, args.device)
-    vectors = known_vectors(args, host, example.prompt)
+    learned = learned_concepts(args, host)
+    vectors = known_vectors(host, example.prompt, learned.vectors if learned else {})
+    require_folder(args.out)
     settings = em_settings(host.identity().family)
     masks = replace(settings.masks, init_timesteps=args.passes)
     masks = replace(masks, crf=None) if args.no_crf else masks
@@ -72,7 +80,11 @@ def run_command(args: argparse.Namespace) -> int:
     )
     problem = prepare(host, [example], replace(settings, masks=masks))
     generator = torch.Generator().manual_seed(args.seed)
-    maps, estimate = attention_masks(problem, problem.pictures[0], vectors, args.passes, generator)
+    weights = host.adapted(learned.weights, learned.lora_scale) if learned else nullcontext()
+    with weights:
+        maps, estimate = attention_masks(
+            problem, problem.pictures[0], vectors, args.passes, generator
+        )
     height, width = example.picture.shape[-2:]
     labels = torch.nn.functional.interpolate(
         estimate.masks[None].float(), size=(height, width), mode="bilinear"
@@ -84,25 +96,13 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def known_vectors(
-    args: argparse.Namespace, host: DiffusersHost, prompt: ConceptPrompt
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Vectors of learned concepts where there is a file, of the words otherwise."""
-    vectors: dict[str, dict[str, torch.Tensor]] = {}
-    if args.concepts is not None:
-        concepts = ConceptSet.load(args.concepts)
-        concepts.require_fit(host.identity(), any_weights=args.any_weights)
-        vectors = {name: dict(of) for name, of in concepts.vectors.items()}
-    for concept in prompt.concepts:
-        if concept.name in vectors:
-            continue
-        if not concept.words:
-            raise UserError(
-                f"Nothing is known of <{concept.name}>. Give words, as in <{concept.name}:dog>, or --concepts."
-            )
-        count = max(1, len(host.pieces(concept.words)))
-        vectors[concept.name] = host.initial_vectors(concept.words, count, torch.Generator())
-    return vectors
+def learned_concepts(args: argparse.Namespace, host: DiffusersHost) -> ConceptSet | None:
+    """The concepts of `--concepts`, if they fit the model."""
+    if args.concepts is None:
+        return None
+    concepts = ConceptSet.load(args.concepts)
+    concepts.require_fit(host.identity(), any_weights=args.any_weights)
+    return concepts
 
 
 def read_threshold(text: str) -> Threshold:

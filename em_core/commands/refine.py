@@ -12,6 +12,7 @@ from ..crf.pydensecrf_backend import load
 from ..errors import UserError
 from ..masks import resize_masks
 from ..pictures import read_mask, read_picture, save_mask
+from .common import add_device, require_folder, torch_device
 
 EXAMPLE = """examples:
   python -m em_core refine --image photo.png --mask mask_cat.png mask_dog.png --out output/refined
@@ -30,14 +31,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True, help="the picture")
     parser.add_argument("--mask", type=Path, nargs="+", required=True, help="one file a mask")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for PNG files of the masks' names"
     )
-    parser.add_argument("--backend", choices=("torch", "pydensecrf"), default="torch")
     parser.add_argument(
-        "--preset", choices=sorted(PRESETS), default="cutler", help="set of numbers"
+        "--backend",
+        choices=("torch", "pydensecrf"),
+        default="torch",
+        help="what solves it (%(default)s); pydensecrf has to be installed",
+    )
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="cutler", help="set of numbers (%(default)s)"
     )
     parser.add_argument("--iterations", type=int, help="mean-field updates; otherwise the preset's")
     parser.add_argument(
@@ -48,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="refine each mask alone; refined masks may then overlap",
     )
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -58,10 +64,12 @@ def run(args: argparse.Namespace) -> int:
     if settings.backend == "pydensecrf":
         load()
     targets = output_files(args.mask, args.out)
-    picture = read_picture(args.image).to(device(args.device))
+    picture = read_picture(args.image).to(torch_device(args.device))
+    refiner = MaskRefiner(picture, settings)
     size = (picture.shape[-2], picture.shape[-1])
     masks = torch.cat([resize_masks(read_mask(file)[None].float(), size) for file in args.mask])
-    refined = labels(MaskRefiner(picture, settings)(masks), settings.joint)
+    require_folder(args.out)
+    refined = labels(refiner(masks), settings.joint)
     for target, mask in zip(targets, refined.cpu(), strict=True):
         save_mask(target, mask)
     return 0
@@ -95,17 +103,3 @@ def output_files(masks: Sequence[Path], folder: Path) -> list[Path]:
         if target.resolve() in inputs:
             raise UserError(f"{target} is one of the given masks. Choose another --out folder.")
     return targets
-
-
-def device(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"No device {name!r} here. Expected cpu, or cuda on a machine with one."
-        ) from error

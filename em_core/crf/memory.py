@@ -1,4 +1,4 @@
-"""Refusing pictures that would not fit into memory, before anything is allocated."""
+"""Refusing pictures whose lattice would not fit into memory, before it is built."""
 
 import os
 
@@ -13,13 +13,14 @@ ASSUMED_MEMORY = 8 << 30
 def require_memory(pixels: int, device: torch.device) -> None:
     """Raise a UserError if a CRF over that many pixels needs more memory than the device has.
 
-    `BYTES_PER_PIXEL` bounds what building a picture's lattice was measured to take at its peak.
+    `BYTES_PER_PIXEL` is what building a large photograph's lattice was measured to take at its peak;
+    the masks themselves come on top.
     """
     need, have = pixels * BYTES_PER_PIXEL, total_memory(device)
     if need > have:
         raise UserError(
             f"The CRF of {pixels} pixels needs up to {need / 2**30:.1f} GB of memory, "
-            f"{device.type} has {have / 2**30:.1f} GB. Set a working size, such as 512."
+            f"{device.type} has {have / 2**30:.1f} GB. Set a working size (--working-size), such as 512."
         )
 
 

@@ -22,9 +22,9 @@ def load() -> ModuleType:
         from pydensecrf import densecrf
     except ImportError as error:
         raise UserError(
-            "The CRF backend 'pydensecrf' is not installed. It needs a C++ compiler: "
-            "pip install \"visual-concepts[pydensecrf]\". The backend 'torch' gives the same "
-            "result without it."
+            "The CRF backend 'pydensecrf' is not installed. It needs a C++ compiler: pip install "
+            "pydensecrf2 (the extra 'pydensecrf'). The backend 'torch' gives the same result "
+            "without it."
         ) from error
     return densecrf
 

@@ -149,8 +149,14 @@ def check_masks(masks: Shaped[Tensor, "..."]) -> Shaped[Tensor, "k hm wm"]:
 def require_unit_range(what: str, values: Tensor) -> None:
     """Raise a UserError unless all values lie in 0..1."""
     low, high = (float(bound) for bound in torch.aminmax(values))
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"Bad {what}. Expected values in 0..1, got {low:g} to {high:g}.")
+    if low != low:
+        raise UserError(
+            f"Bad {what}. Expected values in 0..1, got values that are no numbers (NaN)."
+        )
+    if low < 0 or high > 1:
+        raise UserError(
+            f"Bad {what}. Expected values in 0..1, got {low:g} to {high:g}. Scale them first."
+        )
 
 
 def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, "3 h2 w2"]:

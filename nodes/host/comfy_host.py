@@ -26,6 +26,7 @@ from .text import (
     find_columns,
     keep_saved,
     pad_chunks,
+    pieces,
     require_same_count,
     token_table,
     tokenize,
@@ -180,10 +181,12 @@ class ComfyHost:
             yield recorder
 
     def initial_vectors(
-        self, words: str, count: int, generator: torch.Generator
+        self, words: str, count: int | None, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "n d"]]:
         """Vectors of the words' pieces, or random ones with the table's mean and deviation."""
         found = {}
+        first = next(iter(self.encoders))
+        count = count or max(1, len(pieces(self.clip.tokenizer, first, words)))
         for name in self.encoders:
             vectors = word_vectors(self.clip, name, words, count)
             if vectors is None:
@@ -263,14 +266,20 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
 
 
 @contextmanager
-def learning_host(model: Any, clip: Any, vae: Any, dtype: torch.dtype) -> Iterator[ComfyHost]:
+def learning_host(
+    model: Any, clip: Any, vae: Any, dtype: torch.dtype, clip_dtype: torch.dtype | None = None
+) -> Iterator[ComfyHost]:
     """A host to learn on: private copies of the weights as the graph has patched them.
+
+    Args:
+        dtype: of the UNet's copy.
+        clip_dtype: of the text encoders'; None: their own.
 
     Raises:
         UserError: MODEL or CLIP cannot be learned on.
     """
     identify(model, clip)
-    with private_copies(model, clip, dtype) as (own_model, own_clip):
+    with private_copies(model, clip, dtype, clip_dtype) as (own_model, own_clip):
         host = ComfyHost(own_model, own_clip, vae, learning=True)
         try:
             yield host

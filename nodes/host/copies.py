@@ -56,11 +56,13 @@ def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
     return own
 
 
-def private_clip(clip: Any) -> Any:
+def private_clip(clip: Any, dtype: torch.dtype | None) -> Any:
     """A CLIP with all patches of `clip` over its own copy of the weights."""
     own = clip.clone()
     own.patcher = private_patcher(clip.patcher, None, "CLIP")
     own.cond_stage_model = own.patcher.model
+    if dtype is not None:
+        own.cond_stage_model.to(dtype)
     return own
 
 
@@ -86,12 +88,14 @@ def learning_mode() -> Iterator[None]:
 
 
 @contextmanager
-def private_copies(model: Any, clip: Any, dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
+def private_copies(
+    model: Any, clip: Any, dtype: torch.dtype, clip_dtype: torch.dtype | None
+) -> Iterator[tuple[Any, Any]]:
     """Copies of MODEL and CLIP to learn on; gone from the device afterwards, also after an exception."""
     mm.unload_all_models()
     with learning_mode():
         own_model = private_patcher(model, dtype, "MODEL")
-        own_clip = private_clip(clip)
+        own_clip = private_clip(clip, clip_dtype)
         try:
             yield own_model, own_clip
         finally:

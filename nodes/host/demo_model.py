@@ -16,9 +16,9 @@ from comfy.sd1_clip import SD1CheckpointClipModel, SD1ClipModel, SD1Tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...em_core.concepts import require_known
 from ...em_core.errors import UserError
 
-WORD = re.compile(r"[a-z']+")
 NO_WORDS = re.compile(r"<[^<>]*>|embedding:\S+")
 BLOCK = re.compile(r"(up_blocks)\.(\d)")
 
@@ -43,13 +43,7 @@ class DemoTokenizer(SD1Tokenizer):
     known_words: frozenset[str] = frozenset()
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        words = WORD.findall(NO_WORDS.sub(" ", text.lower()))
-        unknown = [word for word in words if word not in self.known_words]
-        if unknown:
-            raise UserError(
-                f"The demo model does not know the word {', '.join(map(repr, unknown))}. "
-                f"It knows: {', '.join(sorted(self.known_words))}."
-            )
+        require_known(NO_WORDS.sub(" ", text), self.known_words)
         return super().tokenize_with_weights(text, *args, **kwargs)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ...em_core.concept_set import ConceptSet, conclude
 from ...em_core.em import initialise, resume
-from ...em_core.errors import TrainingError, UserError
+from ...em_core.errors import OUT_OF_MEMORY, TrainingError, UserError
 from ...em_core.examples import Example
 from ...em_core.problem import Problem, prepare
 from ...em_core.runner import run, save
@@ -22,8 +22,6 @@ from .plans import Plan, choose, estimate, preflight, weight_type
 from .progress import NodeProgress
 from .rollback import Rollback
 from .store import RunStore, key_of
-
-OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,13 @@ def learn_concepts(request: Request, store: RunStore | None = None) -> ConceptSe
     """
     store = store or RunStore()
     plans = choose(request.preset, request.joint, request.model)
-    key = key_of(
-        request.model, request.clip, request.vae, request.examples, request.em, request.joint
-    )
+    if request.em.batch > plans[0].batch:
+        logging.warning(
+            "The preset %s takes at most %d samples a step, not %d.",
+            plans[0].name, plans[0].batch, request.em.batch,
+        )  # fmt: skip
+    models = (request.model, request.clip, request.vae)
+    key = key_of(*models, request.examples, request.em, request.joint, plans[0].name)
     found = store.finished(key)
     if found is not None:
         logging.info("Concepts %s were learned before; nothing is trained.", ", ".join(found.names))
@@ -80,12 +82,14 @@ def train_within_memory(
 def train(request: Request, plan: Plan, key: str, store: RunStore) -> ConceptSet:
     """Learn on private copies of the weights."""
     dtype = weight_type(plan, request.model)
+    # Only here are the text encoders' own weights learned, which half precision is too coarse for.
+    clip_dtype = torch.float32 if request.joint.kind == "full" else None
     em = replace(request.em, batch=min(request.em.batch, plan.batch))
     side = em.image_side or identify(request.model, request.clip).image_side
     factor = int(request.vae.spacial_compression_encode())
     preflight(estimate(request.model, request.clip, plan, em, side, factor), plan, request.model)
     with (
-        learning_host(request.model, request.clip, request.vae, dtype) as host,
+        learning_host(request.model, request.clip, request.vae, dtype, clip_dtype) as host,
         checkpointing(host.unet, plan.checkpointing),
     ):
         problem = replace(prepare(host, request.examples, em, request.joint), key=key)

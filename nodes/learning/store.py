@@ -29,10 +29,12 @@ def key_of(
     examples: Sequence[Example],
     em: EMSettings,
     joint: JointSettings,
+    preset: str,
 ) -> str:
-    """Hash of everything a run depends on: models with their patches, examples, settings."""
+    """Hash of everything a run depends on: models with their patches, examples, settings, preset."""
     digests = [patcher_digest(p) for p in (model, clip.patcher, vae.patcher)]
-    acting = hashlib.sha256("".join([VERSION, *digests, str(clip.layer_idx)]).encode()).hexdigest()
+    parts = [VERSION, preset, *digests, str(clip.layer_idx)]
+    acting = hashlib.sha256("".join(parts).encode()).hexdigest()
     identity = ModelIdentity("", acting, {}, torch.zeros(1))
     return run_key(identity, examples, em, joint)
 

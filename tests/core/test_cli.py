@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from em_core.__main__ import main
+from em_core.commands.common import load_host
+from em_core.concept_set import ConceptSet
 from em_core.pictures import read_mask
+from em_core.weights import init_lora
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a photo of <rex:star> and <doll:circle> on grass"
@@ -165,6 +169,8 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
         (["--steps", "0"], "Bad steps. Expected at least 1, got 0"),
         (["--mode", "given"], "needs --masks"),
         (["--resume"], "Nothing to resume"),
+        (["--device", "cuda:99"], "No device 'cuda:99'"),
+        (["--joint", "lora", "--joint-learning-rate", "0"], "Bad learning_rate of the joint phase"),
         (["--model", "nowhere"], "No model at nowhere"),
         (["--truth", "nowhere"], "No folder nowhere"),
         (["--learning-rate", "-1"], "Bad learning rate"),
@@ -233,7 +239,7 @@ def test_an_unknown_concept_names_the_known(learned: Path, tmp_path: Path, capsy
     assert "Concept max has not been learned. Known: rex, doll" in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_and_resume_ends_the_same(scene: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_resume_ends_the_same(scene: Path, tmp_path: Path, capsys) -> None:
     """A run interrupted from outside, then resumed, equals one that was left alone, bit for bit."""
     command = [sys.executable, "-m", "em_core", *learn(scene, tmp_path / "cut", "--steps", "60")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -247,12 +253,46 @@ def test_ctrl_c_saves_and_resume_ends_the_same(scene: Path, tmp_path: Path) -> N
     assert process.returncode == 130 and "--resume" in said
     assert (tmp_path / "cut" / "state.safetensors").is_file()
     assert not (tmp_path / "cut" / "concepts.safetensors").exists()
+    assert main(learn(scene, tmp_path / "cut", "--steps", "60")) == 2
+    assert "Go on with it with --resume" in capsys.readouterr().err
     subprocess.run([*command, "--resume"], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert main(learn(scene, tmp_path / "whole", "--steps", "60")) == 0
     a, b = (load_file(tmp_path / f / "concepts.safetensors") for f in ("cut", "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     cut, whole = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("cut", "whole"))
     assert cut["losses"] == whole["losses"] and cut["area"] == whole["area"]
+
+
+def test_masks_of_concepts_act_with_their_weights(
+    scene: Path, learned: Path, tmp_path: Path
+) -> None:
+    """The same tokens with a LoRA beside them find other masks."""
+    concepts = ConceptSet.load(learned / "concepts.safetensors")
+    layers = load_host("demo").adaptable_layers()
+    lora = {
+        n: x.detach() for n, x in init_lora(layers, 2, torch.Generator().manual_seed(0)).items()
+    }
+    for name, x in lora.items():
+        x += name.endswith(".lora_up")
+    heats = []
+    for weights in ({}, lora):
+        file, out = tmp_path / "c.safetensors", tmp_path / str(len(weights))
+        replace(concepts, weights=weights, lora_scale=0.5).save(file)
+        picture = ["--image", str(scene / "image.png"), "--prompt", "a photo of <rex> on grass"]
+        options = ["--concepts", str(file), "--passes", "2", "--out", str(out)]
+        assert main(["masks", *picture, *options]) == 0
+        heats.append((out / "heat_rex.png").read_bytes())
+    assert heats[0] != heats[1]
+
+
+@pytest.mark.parametrize(
+    "option", [["generate", "--steps"], ["generate", "--count"], ["masks", "--passes"]]
+)
+def test_numbers_that_must_be_positive(capsys, option: list[str]) -> None:
+    command, name = option
+    with pytest.raises(SystemExit) as done:
+        main([command, name, "0"])
+    assert done.value.code == 2 and "expected a whole number over 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "scene", "learn", "masks", "generate", "refine"])

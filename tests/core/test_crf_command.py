@@ -122,5 +122,5 @@ def test_missing_backend(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     assert refine(scene, "mask_red.png", more=("--backend", "pydensecrf")) == 2
-    assert 'pip install "visual-concepts[pydensecrf]"' in capsys.readouterr().err
+    assert "pip install pydensecrf2 (the extra 'pydensecrf')" in capsys.readouterr().err
     assert not (scene / "out").exists()

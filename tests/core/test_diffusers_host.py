@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from em_core.attention import AttentionRecorder, select_columns
 from em_core.concept_set import ConceptSet, conclude
 from em_core.concepts import ConceptPrompt
 from em_core.demo import model_path
-from em_core.diffusers_host import DiffusersHost, cross_attention_modules, describe_layers
+from em_core.diffusers_host import (
+    DiffusersHost,
+    cross_attention_modules,
+    describe_layers,
+    require_plain_model,
+)
 from em_core.em import initialise
 from em_core.errors import UserError
 from em_core.problem import prepare
@@ -186,6 +192,20 @@ def test_learned_weights_act_after_saving_as_they_did(
 def test_unknown_words_are_refused_with_those_that_are_known(host: DiffusersHost) -> None:
     with pytest.raises(UserError, match=r"does not know the word 'zebra'. It knows: .*star"):
         host.encode_prompts([ConceptPrompt.parse("a photo of zebra")], {})
+
+
+@pytest.mark.parametrize("words", ["собака", "犬", "!!!", "star3"])
+def test_no_word_slips_through(host: DiffusersHost, words: str) -> None:
+    """Neither other scripts nor signs that the demo model was never shown become vectors of 0."""
+    with pytest.raises(UserError, match=r"does not know|never taught"):
+        host.initial_vectors(words, 1, torch.Generator())
+
+
+@pytest.mark.parametrize("change", [{"in_channels": 9}, {"cross_attention_dim": 2048}])
+def test_inpainting_models_and_other_kinds_are_refused(host: DiffusersHost, change: dict) -> None:
+    unet = SimpleNamespace(config=SimpleNamespace(**{**host.unet.config, **change}))
+    with pytest.raises(UserError, match="no plain Stable Diffusion"):
+        require_plain_model(unet, host.text_encoder)
 
 
 def test_the_shipped_folder_is_a_plain_pipeline() -> None:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from em_core.concept_set import ConceptSet, conclude
 from em_core.concepts import ConceptPrompt
 from em_core.diffusers_host import DiffusersHost
-from em_core.e_step import average_rounds, gather
+from em_core.e_step import average_rounds, gather, outside
 from em_core.em import attention_masks, initialise, learn, resume
 from em_core.errors import TrainingError, UserError
 from em_core.estimate import average_maps, map_side, mask_layers
 from em_core.examples import Example
+from em_core.joint import learn_joint
 from em_core.m_step import draw, draw_subset, forward_backward, m_step
 from em_core.presets import literal
 from em_core.problem import Problem, prepare
@@ -104,7 +106,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(
     sample = host.identity().sample.clone()
     _, whole = finish(problem)
     last = short.steps + (0 if kind == "none" else JOINT.steps)
-    for cut in {1, 4, 6, last - 1}:
+    for cut in {1, 4, 6, short.steps, last - 1}:
         state, seen = initialise(problem), iter(range(1000))
         file = tmp_path / f"{cut}.safetensors"
         assert not run(
@@ -114,6 +116,35 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(
         assert run(problem, again)
         assert same(conclude(problem, again), whole), f"cut at {cut}"
         assert torch.equal(host.identity().sample, sample)
+
+
+def test_a_state_saved_right_after_resuming_keeps_the_moments(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path
+) -> None:
+    """The joint phase builds its optimizer late; until then what was loaded must not be lost."""
+    problem = prepare(host, [example], short, replace(JOINT, kind="lora"))
+    state, file, seen = initialise(problem), tmp_path / "s.safetensors", iter(range(1000))
+    run(problem, state, state_file=file, stop=lambda: next(seen) == short.steps + 2)
+    resume(problem, file).to_file(tmp_path / "again.safetensors")
+    kept, again = load_file(file), load_file(tmp_path / "again.safetensors")
+    assert any(n.startswith("optimizer/") for n in kept)
+    assert kept.keys() == again.keys() and all(torch.equal(kept[n], again[n]) for n in kept)
+
+
+def test_the_end_of_the_em_phase_is_on_disk_before_the_joint_phase(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path, monkeypatch
+) -> None:
+    problem = prepare(host, [example], short, replace(JOINT, kind="lora", prior_weight=1.0))
+    state, file = initialise(problem), tmp_path / "s.safetensors"
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("drawing the prior failed")
+
+    monkeypatch.setattr(host, "generate", fail)
+    with pytest.raises(RuntimeError, match="drawing"):
+        run(problem, state, state_file=file)
+    kept = resume(problem, file)
+    assert (kept.phase, kept.step, kept.finished) == ("em", short.steps, True)
 
 
 def test_same_seed_same_result_other_seed_another(
@@ -132,6 +163,79 @@ def test_a_state_belongs_to_its_run(
     other = prepare(host, [example], replace(short, learning_rate=1e-3))
     with pytest.raises(UserError, match="belongs to a run with other"):
         resume(other, tmp_path / "s.safetensors")
+
+
+def test_without_masks_on_the_loss_every_sample_has_all_concepts(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """Eq. 1 asks for the whole picture, so its prompt has to name all of it."""
+    names = example.prompt.names
+    for change in ({"mode": "none"}, {"masked_loss": False}):
+        problem = prepare(host, [example], replace(short, batch=8, **change))
+        drawn = draw(problem, initialise(problem))
+        assert drawn.subsets == (names,) * 8 and bool(drawn.present.all())
+    problem = prepare(host, [example], replace(short, batch=8))
+    assert len(set(draw(problem, initialise(problem)).subsets)) > 1
+
+
+def test_a_pixel_has_one_owner_also_where_a_mask_is_refused() -> None:
+    taken = torch.tensor([[[True, True, False]]])
+    masks = torch.tensor([[[0.2, 0.9, 0.7]], [[0.1, 0.1, 0.1]]])
+    kept, labels = outside(taken, masks, masks > 0.5)
+    assert torch.equal(kept, torch.tensor([[[0, 0, 0.7]], [[0, 0, 0.1]]]))
+    assert torch.equal(labels, torch.tensor([[[False, False, True]], [[False] * 3]]))
+
+
+def test_an_empty_mask_is_refused(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    masks = {"rex": example.truth["rex"], "doll": torch.zeros_like(example.truth["rex"])}
+    problem = prepare(host, [replace(example, masks=masks)], replace(short, mode="given"))
+    with pytest.raises(UserError, match="The mask of doll is empty"):
+        initialise(problem)
+
+
+def test_an_autoencoder_that_fails_is_reported(
+    host: DiffusersHost, example: Example, short: EMSettings, monkeypatch
+) -> None:
+    honest = host.encode_image
+    monkeypatch.setattr(host, "encode_image", lambda image: honest(image) * float("nan"))
+    with pytest.raises(UserError, match=r"autoencoder .* not finite"):
+        prepare(host, [example], short)
+
+
+def test_attention_that_is_not_finite_is_never_taken_over(
+    host: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path
+) -> None:
+    """What is on disk afterwards can still be resumed."""
+    problem = prepare(host, [example], short)
+    state, file = initialise(problem), tmp_path / "s.safetensors"
+    run(problem, state, state_file=file, stop=lambda: state.step == 2)
+    weight = host.unet.get_parameter(
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
+    )
+    before = weight.detach().clone()
+    try:
+        weight.data.fill_(float("nan"))
+        with pytest.raises(TrainingError, match="not finite"):
+            run(problem, state, state_file=file)
+        with pytest.raises(TrainingError, match="attention is not finite"):
+            initialise(problem)
+    finally:
+        weight.data.copy_(before)
+    assert resume(problem, file).step == 2
+
+
+def test_whole_weights_are_not_learned_in_half_precision(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    problem = prepare(host, [example], replace(short, steps=1), replace(JOINT, kind="full"))
+    state = initialise(problem)
+    weight = host.unet.conv_out.weight
+    try:
+        weight.data = weight.data.bfloat16()
+        with pytest.raises(UserError, match=r"float32, got torch\.bfloat16"):
+            list(learn_joint(problem, state))
+    finally:
+        weight.data = weight.data.float()
 
 
 def test_a_loss_that_is_not_finite_stops_and_changes_nothing(

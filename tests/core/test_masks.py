@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from em_core.masks import (
     Guards,
     binarise,
     compete,
     contrast,
-    fill_holes,
     iou,
     min_max,
     otsu,
@@ -68,12 +66,6 @@ def test_a_pixel_under_every_threshold_belongs_to_nobody() -> None:
         [[True, True, False]],
         [[True, True, False]],
     ]
-
-
-def test_fill_holes_equals_scipy() -> None:
-    masks = random_maps(6, 24, 31, seed=3) > 0.4
-    expected = np.stack([ndimage.binary_fill_holes(m) for m in masks.numpy()])
-    assert np.array_equal(fill_holes(masks).numpy(), expected)
 
 
 def test_iou_by_sets() -> None:

@@ -58,6 +58,24 @@ def test_masks_read_their_first_channel(tmp_path: Path, mode: str) -> None:
     assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), mask > 127)
 
 
+@pytest.mark.parametrize("kind", ["labels", "floats"])
+def test_masks_of_zeros_and_ones(tmp_path: Path, kind: str) -> None:
+    mask = np.zeros((8, 8), np.uint8 if kind == "labels" else np.float32)
+    mask[2:5, 3:] = 1
+    file = tmp_path / ("m.png" if kind == "labels" else "m.tif")
+    Image.fromarray(mask).save(file)
+    assert np.array_equal(read_mask(file).numpy(), mask > 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "white"), [(np.uint16(200), 65535), (np.float32(0.3), 1), (np.float32(200), 255)]
+)
+def test_dark_greys_stay_dark(tmp_path: Path, values: np.generic, white: int) -> None:
+    file = tmp_path / ("x.png" if white == 65535 else "x.tif")
+    Image.fromarray(np.full((8, 8), values)).save(file)
+    assert float(read_picture(file)[0, 0, 0]) == pytest.approx(float(values) / white)
+
+
 def test_masks_are_written_at_the_pictures_size(tmp_path: Path) -> None:
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:6, 2:6] = True

@@ -13,7 +13,7 @@ from em_core.concepts import Concept
 from em_core.crf import CRFSettings
 from em_core.diffusion import ModelIdentity
 from em_core.errors import UserError
-from em_core.presets import em_settings, literal
+from em_core.presets import em_settings, joint_settings, literal
 from em_core.settings import EMSettings, JointSettings, MaskSettings, from_json, to_json
 
 IDENTITY = ModelIdentity("sd1", "abc", {"clip_l": 4}, torch.arange(1.0, 9.0))
@@ -60,11 +60,39 @@ def test_joint_settings_survive_json() -> None:
         ({"steps": 0}, "Bad steps. Expected at least 1, got 0"),
         ({"vectors": 0}, "Bad vectors"),
         ({"e_step_every": 0}, "Bad e_step_every"),
+        ({"learning_rate": float("inf")}, "Bad learning rate"),
+        ({"attention_weight": -0.1}, "Bad attention_weight"),
+        ({"gradient_clip": 0.0}, "Bad gradient_clip"),
+        ({"image_side": 0}, "Bad side of pictures"),
     ],
 )
 def test_settings_out_of_range(change: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         EMSettings(**change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        (MaskSettings, {"init_timesteps": 0}, "Bad number of passes. Expected at least 1, got 0"),
+        (MaskSettings, {"timesteps": (0.5, 0.5)}, "Bad range of timesteps"),
+        (MaskSettings, {"threshold": 1.5}, "Bad threshold"),
+        (JointSettings, {"learning_rate": 0.0}, "Bad learning_rate of the joint phase"),
+        (JointSettings, {"token_learning_rate": float("nan")}, "Bad token_learning_rate"),
+        (JointSettings, {"prior_weight": -1.0}, "Bad prior_weight"),
+    ],
+)
+def test_other_settings_out_of_range(kind: type, change: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        kind(**change)
+
+
+def test_whole_weights_learn_slower_than_a_lora() -> None:
+    """Break-a-Scene's and Mix-of-Show's rates, unless one is given."""
+    rates = [JointSettings(kind).weights_rate for kind in ("lora", "cross_attention", "full")]
+    assert rates == [1e-4, 2e-6, 2e-6]
+    assert JointSettings("full", learning_rate=1e-3).weights_rate == 1e-3
+    assert joint_settings("sdxl", "full").weights_rate == 2e-6
 
 
 def test_a_concept_file_holds_everything(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     host = DiffusersHost.load(model_path())
     family = host.identity().family
     em = replace(em_settings(family), steps=EM_STEPS, e_step_every=4, batch=2, vectors=2, seed=3)
-    joint = replace(joint_settings(family), kind="lora", steps=JOINT_STEPS)
+    joint = replace(joint_settings(family, "lora"), steps=JOINT_STEPS)
     example = Example(picture, ConceptPrompt.parse(scene.prompt))
     problem = prepare(host, [example], em, joint)
     state = initialise(problem)

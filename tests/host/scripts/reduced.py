@@ -90,7 +90,7 @@ def small_encoder(kind: type, width: int) -> type:
     return Small
 
 
-def clip(family: str) -> comfy.sd.CLIP:
+def clip(family: str, dtype: torch.dtype = torch.float32) -> comfy.sd.CLIP:
     """The family's text encoders with their real names, of little width."""
     kinds = {
         "sd1": (
@@ -105,7 +105,7 @@ def clip(family: str) -> comfy.sd.CLIP:
         ),
     }  # fmt: skip
     kinds["sd2v"] = kinds["sd2"]
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": dtype}
     if family == "sdxl":
         tokenizer = sdxl_clip.SDXLTokenizer
 
