@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
 from em_core.demo.scenes import concept_scene
+from em_core.diffusers_host import DiffusersHost
 from em_core.em import attention_masks, initialise
 from em_core.masks import iou
 from em_core.metrics import curves_of
@@ -71,11 +73,17 @@ def read_off(problem: Problem, state: RunState, passes: int) -> float:
     return mean_iou(problem, estimate.masks)
 
 
+@lru_cache
+def demo_host() -> DiffusersHost:
+    """The demo model, loaded once a process; no arm here changes it."""
+    return load_host("demo")
+
+
 def one(task: tuple[str, int, int, str]) -> list[dict[str, Any]]:
     """One run; the fixed arm gives its two controls too."""
     set_, scene, seed, arm = task
     torch.set_num_threads(1)
-    host = load_host("demo")
+    host = demo_host()
     settings = em_settings(host.identity().family)
     chosen = replace(arms(settings)[arm], seed=seed)
     problem = prepare(host, [example_of(concept_scene(FIRST_SCENE + scene, set_))], chosen)

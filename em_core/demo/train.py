@@ -46,6 +46,7 @@ DENOISER_ROUNDS = (
     (_denoiser_round(2640, 9e-4, seed=2), DenoiserSettings()),
     (_denoiser_round(2700, 7e-4, seed=3), DenoiserSettings()),
     (_denoiser_round(3500, 1e-3, seed=10), DenoiserSettings()),
+    (_denoiser_round(3400, 1e-3, seed=11), DenoiserSettings()),
 )
 
 

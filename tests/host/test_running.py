@@ -148,6 +148,10 @@ def test_finished_run_is_found_after_a_restart(comfyui, server: Server) -> None:
     log = server.log_text()[before:]
     assert "learned before" in log and "Learning concepts with" not in log
     assert (server.base / "models" / "visual_concepts" / "found.safetensors").read_bytes() == first
+    other = learning(seed=11, steps=6, memory="12 GB")
+    other.b.add("TestDump", value=other.learn[1], name="other_preset")
+    server.run(other.b.graph)
+    assert "Learning concepts with preset 12 GB" in server.log_text()[before:]
 
 
 def test_next_smaller_preset_after_out_of_memory(server: Server) -> None:
