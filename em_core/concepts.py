@@ -11,7 +11,7 @@ from .errors import UserError
 ConceptVectors = Mapping[str, Mapping[str, Tensor]]
 """Concept name -> text encoder name -> token vectors [n, d]."""
 
-WORD = re.compile(r"[^\W_][\w']*")
+WORD = re.compile(r"[^\W\d_][\w']*")
 MARK = re.compile(r"<([^<>]*)>")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 EXAMPLE = "a photo of <rex:dog> and <doll:old doll> on <shore:beach>"

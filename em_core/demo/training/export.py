@@ -74,9 +74,9 @@ def export_model(
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     parts = {
-        "vae": AutoencoderKL.from_pretrained(vae),
+        "vae": _plain(AutoencoderKL.from_pretrained(vae)),
         "text_encoder": full_text_encoder(model["text"], ids),  # type: ignore[index]
-        "unet": _plain_unet(model["unet"]),  # type: ignore[index]
+        "unet": _plain(model["unet"]),  # type: ignore[index]
     }
     pipeline: Any = StableDiffusionPipeline(
         **{name: part.half() for name, part in parts.items()},
@@ -116,8 +116,9 @@ def _scheduler() -> PNDMScheduler:
     return scheduler
 
 
-def _plain_unet(trained: nn.Module) -> nn.Module:
-    """A UNet with diffusers' own attention processors and the trained weights."""
-    plain = type(trained).from_config(trained.config)  # type: ignore[attr-defined]
+def _plain(trained: nn.Module) -> nn.Module:
+    """The same weights with diffusers' own attention processors, and without the path they came from."""
+    config = {n: v for n, v in trained.config.items() if n != "_name_or_path"}  # type: ignore[union-attr, operator]
+    plain = type(trained).from_config(config)  # type: ignore[attr-defined]
     plain.load_state_dict(trained.state_dict())
     return plain.eval()
