@@ -1,7 +1,7 @@
 """Train the demo model from a seed: `python -m em_core.demo.train --out DIR --tokenizer CLIP`.
 
-Needs the extra `diffusers` and two to three hours on two CPU cores. `--tokenizer` is a
-folder with CLIP's whole vocab.json and merges.txt. The rounds are those that the shipped weights
+Needs the extra `diffusers` and about four hours on two CPU cores. `--tokenizer` is a folder
+with CLIP's whole vocab.json and merges.txt. The rounds are those that the shipped weights
 went through; `--share` shortens all of them for a trial.
 """
 
