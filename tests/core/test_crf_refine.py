@@ -263,7 +263,7 @@ def test_thetas_too_small_for_the_lattice_are_refused() -> None:
         (torch.zeros(8, 8), "Expected RGB"),
         (torch.zeros(3, 0, 8), "Expected RGB"),
         (torch.full((3, 8, 8), 255.0), "0..1, got 255 to 255"),
-        (torch.full((3, 8, 8), float("nan")), "got nan to nan"),
+        (torch.full((3, 8, 8), float("nan")), "got values that are no numbers"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "Expected floats in 0..1 or uint8"),
     ),
     ids=str,
@@ -278,7 +278,7 @@ def test_bad_images_are_refused(image: Tensor, message: str) -> None:
     (
         (torch.zeros(0, 8, 8), "Expected at least one"),
         (torch.zeros(8, 8), "Expected at least one, of shape"),
-        (torch.full((1, 8, 8), float("nan")), "Bad masks. Expected values in 0..1, got nan"),
+        (torch.full((1, 8, 8), float("nan")), "Bad masks. Expected values in 0..1, got values that are no numbers"),
         (torch.full((1, 8, 8), 255, dtype=torch.uint8), "got 255 to 255"),
         (torch.full((1, 8, 8), float("inf")), "got inf"),
         (torch.full((1, 8, 8), -0.1), "got -0.1"),
