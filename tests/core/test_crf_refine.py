@@ -235,7 +235,10 @@ def test_batch_needs_masks_for_each_picture() -> None:
         ({"bilateral_theta_rgb": float("inf")}, "bilateral_theta_rgb"),
         ({"gaussian_weight": -1.0}, "gaussian_weight"),
         ({"unary_strength": float("nan")}, "unary_strength"),
+        ({"gaussian_theta_xy": None}, "gaussian_theta_xy. Expected a number over 0, got None"),
         ({"working_size": 0}, "working_size"),
+        ({"working_size": 16.5}, "working_size. Expected a whole number"),
+        ({"working_size": "256"}, "working_size. Expected a whole number"),
         ({"reference_side": 0.0}, "reference_side"),
         ({"backend": "matlab"}, "backend. Expected 'torch' or 'pydensecrf', got 'matlab'"),
     ),
@@ -278,7 +281,10 @@ def test_bad_images_are_refused(image: Tensor, message: str) -> None:
     (
         (torch.zeros(0, 8, 8), "Expected at least one"),
         (torch.zeros(8, 8), "Expected at least one, of shape"),
-        (torch.full((1, 8, 8), float("nan")), "Bad masks. Expected values in 0..1, got values that are no numbers"),
+        (
+            torch.full((1, 8, 8), float("nan")),
+            "Bad masks. Expected values in 0..1, got values that are no numbers",
+        ),
         (torch.full((1, 8, 8), 255, dtype=torch.uint8), "got 255 to 255"),
         (torch.full((1, 8, 8), float("inf")), "got inf"),
         (torch.full((1, 8, 8), -0.1), "got -0.1"),
