@@ -1,6 +1,6 @@
 """The price of the E-step: time of an EM run over a plain token run of as many steps.
 
-    python benchmarks/em_cost.py --rounds 7
+    python benchmarks/em_cost.py --rounds 5
 
 Runs are interleaved and compared as ratios within a round, so a machine whose speed drifts does no
 harm. "Plain" is mode `none`: the diffusion loss on the tokens, no masks and no attention recorded.
