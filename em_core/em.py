@@ -19,8 +19,6 @@ from .masks import areas, iou, min_max
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
-Vectors = Mapping[str, Mapping[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -91,7 +89,7 @@ def whole_picture(problem: Problem, prepared: Prepared) -> PictureState:
 
 
 def first_masks(
-    problem: Problem, prepared: Prepared, vectors: Vectors, g: torch.Generator
+    problem: Problem, prepared: Prepared, vectors: ConceptVectors, g: torch.Generator
 ) -> PictureState:
     """Masks before any learning: the user's, those of the start vectors, or the whole picture."""
     settings, blank = problem.settings, whole_picture(problem, prepared)
@@ -153,7 +151,7 @@ def known_vectors(
 
 
 def attention_masks(
-    problem: Problem, prepared: Prepared, vectors: Vectors, passes: int, g: torch.Generator
+    problem: Problem, prepared: Prepared, vectors: ConceptVectors, passes: int, g: torch.Generator
 ) -> tuple[Float[Tensor, "k h w"], Estimate]:
     """Mean maps of `passes` UNet passes with the given vectors, and the masks that they make (VCD S1)."""
     settings, host = problem.settings, problem.host
