@@ -23,10 +23,8 @@ class Lattice:
     Attributes:
         vertex: the d + 1 vertices of each point, one of each class.
         barycentric: weights of each class's vertex of the points, 0..1.
-        splat_point: points grouped by the vertex that they touch. Groups follow their first points
-            within each class, so that one after the other reads the picture from top to bottom.
-        splat_start: first entry of each group, then of the missing vertex's, then the end.
-        splat_group: group of each vertex.
+        splat_point: for each class, its points grouped by the vertex that they touch.
+        splat_start: first entry of each vertex's group, the missing one's too, then the end.
         before, after: neighbours of each vertex along each of the d + 1 directions.
     """
 
@@ -34,7 +32,6 @@ class Lattice:
     barycentric: Float[Tensor, "classes n"]
     splat_point: Int[Tensor, "classes n"]
     splat_start: Int[Tensor, " vertices_2"]
-    splat_group: Int[Tensor, " vertices_1"]
     before: Int[Tensor, "classes vertices_1"]
     after: Int[Tensor, "classes vertices_1"]
 
@@ -42,6 +39,11 @@ class Lattice:
     def dimension(self) -> int:
         """d, the number of features of a point."""
         return len(self.before) - 1
+
+    @property
+    def size(self) -> int:
+        """Number of vertices, the missing one included."""
+        return self.before.shape[1]
 
     @property
     def alpha(self) -> float:
@@ -66,17 +68,14 @@ def build_lattice(features: Float[Tensor, "d n"]) -> Lattice:
     simplices = embed(features)
     numbering = number_cells(simplices.cell)
     classes = [group_points(keys) for keys in keys_by_class(simplices, numbering)]
-    *bases, count = accumulate((len(groups.keys) for groups in classes), initial=0)
-    numbered = list(zip(classes, bases, strict=True))
+    *bases, _ = accumulate((len(groups.keys) for groups in classes), initial=0)
     before, after = neighbours([groups.keys for groups in classes], numbering)
     end = torch.full((2,), (d + 1) * n, dtype=torch.int32, device=features.device)
-    missing = end.new_full((1,), count)
     return Lattice(
-        vertex=torch.stack([groups.vertex + base for groups, base in numbered], dim=1),
+        vertex=torch.stack([g.vertex + base for g, base in zip(classes, bases, strict=True)], 1),
         barycentric=simplices.weights,
         splat_point=torch.stack([groups.point for groups in classes]),
         splat_start=torch.cat([*(groups.start + r * n for r, groups in enumerate(classes)), end]),
-        splat_group=torch.cat([*(groups.place + base for groups, base in numbered), missing]),
         before=before,
         after=after,
     )
@@ -89,38 +88,43 @@ class Groups:
     Attributes:
         keys: of the vertices, sorted.
         vertex: vertex of each point.
-        point: points of the groups.
+        point: points of the groups, which follow the vertices' order.
         start: where each group begins.
-        place: which of the groups is each vertex's.
     """
 
     keys: Int[Tensor, " m"]
     vertex: Int[Tensor, " n"]
     point: Int[Tensor, " n"]
     start: Int[Tensor, " m"]
-    place: Int[Tensor, " m"]
 
 
 def group_points(keys: Int[Tensor, " n"]) -> Groups:
-    """Group points of equal keys, groups in the order of their first points."""
-    n = len(keys)
-    ordered, order = torch.sort(keys, stable=True)
+    """Group points of equal keys."""
+    ordered, point = sort_stable(keys)
     first = is_first(ordered)
-    begin = nonzero(first)
+    start = nonzero(first)
     number = torch.cumsum(first, 0, dtype=torch.int32).sub_(1)
-    by_place = torch.argsort(order.index_select(0, begin))
-    sizes = torch.diff(begin, append=begin.new_full((1,), n)).index_select(0, by_place)
-    start = torch.cumsum(sizes, 0).sub_(sizes)
-    shift = torch.empty_like(begin).scatter_(0, by_place, start).sub_(begin)
-    target = shift.index_select(0, number).add_(torch.arange(n, device=keys.device))
-    place = torch.arange(len(begin), device=keys.device)
     return Groups(
-        keys=ordered.index_select(0, begin),
-        vertex=torch.empty_like(number).scatter_(0, order, number),
-        point=torch.empty_like(number).scatter_(0, target, order.to(torch.int32)),
+        keys=ordered.index_select(0, start),
+        vertex=torch.empty_like(number).scatter_(0, point, number),
+        point=point.to(torch.int32),
         start=start.to(torch.int32),
-        place=torch.empty_like(place).scatter_(0, by_place, place).to(torch.int32),
     )
+
+
+def sort_stable(keys: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Keys (none negative) in order, and where each was; equal ones keep their order.
+
+    On a CPU, key and place are packed into one integer: NumPy sorts those with vector instructions.
+    """
+    n = len(keys)
+    bits = n.bit_length()
+    if keys.device.type != "cpu" or int(keys.max()) >= 1 << (63 - bits):
+        ordered, place = torch.sort(keys, stable=True)
+        return ordered, place
+    packed = (keys.to(torch.int64) << bits).add_(torch.arange(n))
+    packed.numpy().sort()
+    return (packed >> bits).to(keys.dtype), packed.bitwise_and_((1 << bits) - 1)
 
 
 def neighbours(
@@ -143,33 +147,37 @@ def neighbours(
     source = torch.arange(m, dtype=torch.int32, device=shared.device).roll(-zeros)
     before = source.new_full((d + 1, m + 1), m)
     after = source.new_full((d + 1, m + 1), m)
+    # The lowest bit tells the two apart in a merged list.
+    shared, wanted = shared.mul_(2), wanted.mul_(2).add_(1)
+    merged = shared.new_empty(2 * m)
     for j, stride in enumerate((*numbering.strides, 0)):
-        target, place = match(shared, wanted + stride)
-        start = source.index_select(0, place)
-        before[j].scatter_(0, start.long(), target)
-        after[j].scatter_(0, target.long(), start)
+        merged[:m] = shared
+        torch.add(wanted, 2 * stride, out=merged[m:])
+        target, place = matches(merge(merged))
+        start = source.index_select(0, place).long()
+        before[j].scatter_(0, start, target.to(torch.int32))
+        after[j].scatter_(0, target, start.to(torch.int32))
     return before, after
 
 
-def match(
-    keys: Shaped[Tensor, " m"], wanted: Shaped[Tensor, " m"]
+def matches(
+    merged: Shaped[Tensor, " m_2"],
 ) -> tuple[Int[Tensor, " hits"], Int[Tensor, " hits"]]:
-    """Where in `keys`, and where in `wanted`, the keys are that both have; each is sorted and unique.
+    """Where in the even and where in the odd numbers those are that differ by their lowest bit alone.
 
-    The lowest bit of the merged list tells the two apart, so it alone has to be sorted.
+    Args:
+        merged: distinct numbers, sorted.
     """
-    merged = merge(torch.cat([keys * 2, wanted * 2 + 1]))
-    is_wanted = merged & 1
-    seen = torch.cumsum(is_wanted, 0, dtype=torch.int32)
-    hit = nonzero((merged[1:] == merged[:-1] + 1) & is_wanted[1:].bool())
-    place = seen.index_select(0, hit)
-    return hit.to(torch.int32) - place, place
+    hit = nonzero(merged[1:] ^ merged[:-1] == 1)
+    place = torch.cumsum(merged & 1, 0, dtype=torch.int32).index_select(0, hit).long()
+    return hit - place, place
 
 
 def merge(runs: Shaped[Tensor, " m"]) -> Shaped[Tensor, " m"]:
-    """Sort two sorted runs. NumPy's stable sort sees the runs and merges; torch's sorts anew."""
+    """Sort two sorted runs, in place on a CPU. NumPy's stable sort sees the runs and merges them."""
     if runs.device.type == "cpu":
-        return torch.from_numpy(np.sort(runs.numpy(), kind="stable"))
+        runs.numpy().sort(kind="stable")
+        return runs
     return torch.sort(runs).values
 
 

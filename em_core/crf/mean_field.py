@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .features import bilateral_features, spatial_features
-from .filtering import LatticeFilter, normalised_filter
+from .filtering import LatticeFilter, normalised_filter, padded
 from .settings import CRFSettings
 
 CACHED_SHAPES = 4
@@ -73,8 +73,8 @@ class DenseCRF:
         """
         if len(unary) < 2:
             raise ValueError(f"Bad unary. Expected at least 2 labels, got {len(unary)}.")
-        count = len(unary) - 1
-        base = unary.new_full((unary.shape[1], padded(count)), NEVER)
+        count, n = len(unary) - 1, unary.shape[1]
+        base = unary.new_full((n, padded(unary.device, count)), NEVER)
         base[:, :count] = (unary[-1:] - unary[:-1]).t()
         lead = self.lead_for(base)
         logits = base.clone()
@@ -86,7 +86,8 @@ class DenseCRF:
     def infer_alone(self, logits: Float[Tensor, "k n"], iterations: int) -> Float[Tensor, "k n"]:
         """Foreground marginals of k binary problems over the same points, from log-odds."""
         count = len(logits)
-        base = F.pad(logits, (0, 0, 0, padded(count) - count)).t().contiguous()
+        spare = padded(logits.device, count) - count
+        base = F.pad(logits, (0, 0, 0, spare)).t().contiguous()
         found = base.clone()
         for _ in range(iterations):
             found = self.message(two_label_lead(found)).add_(base)
@@ -117,11 +118,6 @@ def cached_gaussian(height: int, width: int, theta: float, device: torch.device)
     return normalised_filter(spatial_features(height, width, theta, device))
 
 
-def padded(channels: int) -> int:
-    """Channels to compute with: three cost more than four (see `filtering.WIDE`)."""
-    return 4 if channels == 3 else channels
-
-
 def two_label_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Q_1 - Q_2 of the softmax of (logit, 0), for each channel alone."""
     return logits.div_(2).tanh_()
@@ -130,7 +126,7 @@ def two_label_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
 def small_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Q_l - Q_last of the softmax of (logits, 0), without subtracting the maximum first."""
     powers = logits.clamp_(max=EXP_LIMIT).exp_()
-    total = row_sum(powers).add_(1)
+    total = row_sums(powers).add_(1)
     return powers.sub_(1).div_(total)
 
 
@@ -140,8 +136,6 @@ def any_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     return Q[:, :-1] - Q[:, -1:]
 
 
-def row_sum(values: Float[Tensor, "n c"]) -> Float[Tensor, "n 1"]:
-    """Sum over the few columns; on a CPU a product is several times faster than a reduction."""
-    if values.device.type == "cpu":
-        return values @ values.new_ones(values.shape[1], 1)
-    return values.sum(dim=1, keepdim=True)
+def row_sums(values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Each row's sum, as often as the row is long; over a few columns a product beats a reduction."""
+    return values @ values.new_ones(values.shape[1], values.shape[1])

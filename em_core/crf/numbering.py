@@ -45,7 +45,7 @@ def number_cells(cell: Float[Tensor, "d n"]) -> Numbering:
     Raises:
         UserError: keys of 64 bits do not suffice.
     """
-    least, most = (bound.tolist() for bound in torch.aminmax(cell, dim=1))
+    least, most = cell.amin(dim=1).tolist(), cell.amax(dim=1).tolist()
     extent = [high - low for low, high in zip(least, most, strict=True)]
     cells = math.prod(size + 5 for size in extent)
     if not 2 * cells * (len(extent) + 1) < 2**63:
