@@ -49,6 +49,7 @@ def arms(settings: EMSettings) -> dict[str, EMSettings]:
         "fixed": replace(settings, mode="fixed"),
         "fixed_literal": replace(literal(settings), mode="fixed", steps=1),
         "em_literal": literal(settings),
+        "em_averaged": replace(settings, averaging="all"),
         "em_no_crf": replace(settings, masks=replace(masks, crf=None)),
         "em_no_attention_loss": replace(settings, attention_weight=0.0),
         "em_no_masked_loss": replace(settings, masked_loss=False),

@@ -26,6 +26,7 @@ ARMS = {
     "read_once": "tokens learned under the fixed masks, read off once, as many passes as EM",
     "em": "**EM (default)**",
     "em_literal": "EM, the paper's literal loop",
+    "em_averaged": "EM with the mean of all rounds' maps",
     "em_no_crf": "EM without CRF",
     "em_no_attention_loss": "EM without the attention loss",
     "em_no_masked_loss": "EM without the masked loss",
@@ -48,8 +49,8 @@ def by_scene(rows: list[dict[str, Any]], arm: str, field: str = "final") -> Scen
 
 
 def values_of(rows: list[dict[str, Any]], arm: str) -> Scenes:
-    """An arm's scenes; the initial masks are the start of the runs with fixed masks."""
-    return by_scene(rows, "fixed", "start") if arm == "initial" else by_scene(rows, arm)
+    """An arm's scenes; the initial masks, which `fixed` keeps, are the start of the EM runs."""
+    return by_scene(rows, "em", "start") if arm == "initial" else by_scene(rows, arm)
 
 
 def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -89,7 +90,7 @@ def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
         values = np.array(list(found.values()))
         difference, half = paired(em, found)
         versus = "" if arm == "em" else f"{difference:+.3f} +- {half:.3f}"
-        name = "fixed" if arm == "initial" else arm
+        name = "em" if arm == "initial" else arm
         runs = sum(row["arm"] == name for row in rows)
         mean, spread = values.mean(), values.std(ddof=1)
         lines.append(f"| {title} | {len(found)} | {runs} | {mean:.3f} | {spread:.3f} | {versus} |")

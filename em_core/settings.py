@@ -79,8 +79,9 @@ class EMSettings:
         e_step_every: M-steps between E-steps (VCD: 1).
         refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
         free_statistics: count the maps of the M-steps' own passes too; False reads the refresh's alone.
-        averaging: "all": mean of all rounds' maps, the start's included (stochastic approximation with
-            step sizes 1/k); "latest": this round's only (VCD).
+        averaging: "latest": maps of this round only (VCD), so that what worse tokens saw is forgotten;
+            "all": mean of all rounds' maps, the start's included (stochastic approximation with step
+            sizes 1/k).
         patience: stop once this many E-steps in a row changed every mask by under `settled`; 0 never.
         settled: largest 1 - IoU with the previous mask that counts as no change.
         image_side: side of the square whose area pictures are resized to; None: the model's own.
@@ -102,7 +103,7 @@ class EMSettings:
     e_step_every: int = 20
     refresh: int = 8
     free_statistics: bool = True
-    averaging: Literal["all", "latest"] = "all"
+    averaging: Literal["all", "latest"] = "latest"
     patience: int = 0
     settled: float = 0.01
     image_side: int | None = None

@@ -311,15 +311,16 @@ def test_rounds_average_as_stochastic_approximation(
     host: DiffusersHost, example: Example, short: EMSettings
 ) -> None:
     """Step sizes 1/k make the running value the plain mean of all rounds, the start being round 1."""
-    picture = initialise(prepare(host, [example], short)).pictures[0]
+    averaged = replace(short, averaging="all")
+    picture = initialise(prepare(host, [example], averaged)).pictures[0]
     rounds = [picture.maps, *(torch.rand(2, 16, 16) for _ in range(4))]
     for latest in rounds[1:]:
         picture = replace(
-            picture, maps=average_rounds(picture, latest, short), rounds=picture.rounds + 1
+            picture, maps=average_rounds(picture, latest, averaged), rounds=picture.rounds + 1
         )
     torch.testing.assert_close(picture.maps, torch.stack(rounds).mean(dim=0))
-    latest_only = replace(short, averaging="latest")
-    assert average_rounds(picture, rounds[2], latest_only) is rounds[2]
+    assert short.averaging == "latest"
+    assert average_rounds(picture, rounds[2], short) is rounds[2]
 
 
 def test_average_maps_does_not_depend_on_the_batch(

@@ -37,7 +37,7 @@ def draw(
     captions: tuple[str, ...],
     seed: int = 0,
     steps: int = 30,
-    guidance: float = 7.5,
+    guidance: float = 3.0,
 ) -> UInt8[ndarray, "n 64 64 3"]:
     """One picture for each caption (DDIM, classifier-free guidance), each from its own seed."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
