@@ -42,7 +42,7 @@ class MaskSettings:
     soft: bool = True
     crf: CRFSettings | None = field(default_factory=CRFSettings)
     guards: Guards = field(default_factory=Guards)
-    acceptance: float = 0.9
+    acceptance: float = 1.0
 
     def __post_init__(self) -> None:
         passes, tau = self.init_timesteps, self.threshold
@@ -79,7 +79,7 @@ class EMSettings:
         e_step_every: M-steps between E-steps (VCD: 1).
         refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
         free_statistics: count the maps of the M-steps' own passes too; False reads the refresh's alone.
-        averaging: "latest": maps of this round only (VCD), so that what worse tokens saw is forgotten;
+        averaging: "latest": maps of this round alone (VCD), so that what worse tokens saw is forgotten;
             "all": mean of all rounds' maps, the start's included (stochastic approximation with step
             sizes 1/k).
         patience: stop once this many E-steps in a row changed every mask by under `settled`; 0 never.
@@ -115,6 +115,8 @@ class EMSettings:
         require("batch", self.batch, self.batch >= 1, "at least 1")
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
         require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
+        kinds = ("all", "latest")
+        require("averaging", self.averaging, self.averaging in kinds, f"one of {kinds}")
         require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
         for name in ("refresh", "attention_weight", "end_of_text_weight", "patience", "settled"):
             value = getattr(self, name)

@@ -126,7 +126,7 @@ def two_label_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
 def small_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Q_l - Q_last of the softmax of (logits, 0), without subtracting the maximum first."""
     powers = logits.clamp_(max=EXP_LIMIT).exp_()
-    total = row_sums(powers).add_(1)
+    total = row_sum(powers).add_(1)
     return powers.sub_(1).div_(total)
 
 
@@ -136,6 +136,9 @@ def any_lead(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     return Q[:, :-1] - Q[:, -1:]
 
 
-def row_sums(values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Each row's sum, as often as the row is long; over a few columns a product beats a reduction."""
-    return values @ values.new_ones(values.shape[1], values.shape[1])
+def row_sum(values: Float[Tensor, "n c"]) -> Float[Tensor, "n _"]:
+    """Each row's sum, in one column or in all: on a CPU a product beats a reduction of few columns,
+    and what follows is faster without broadcasting."""
+    if values.device.type == "cpu":
+        return values @ values.new_ones(values.shape[1], values.shape[1])
+    return values.sum(dim=1, keepdim=True)

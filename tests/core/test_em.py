@@ -307,20 +307,27 @@ def test_free_statistics_are_the_maps_of_the_m_step(
     assert torch.equal(state.pictures[0].pending_count, count)
 
 
+@pytest.mark.parametrize(
+    ("averaging", "weights"),
+    (("all", (1, 1, 1, 1, 1)), ("latest", (0, 0, 0, 0, 1))),
+)
 def test_rounds_average_as_stochastic_approximation(
-    host: DiffusersHost, example: Example, short: EMSettings
+    averaging: str,
+    weights: tuple[int, ...],
+    host: DiffusersHost,
+    example: Example,
+    short: EMSettings,
 ) -> None:
-    """Step sizes 1/k make the running value the plain mean of all rounds, the start being round 1."""
-    averaged = replace(short, averaging="all")
-    picture = initialise(prepare(host, [example], averaged)).pictures[0]
+    """Step by step the same as the weighted mean of all rounds at once, the start being round 1."""
+    settings = replace(short, averaging=averaging)
+    picture = initialise(prepare(host, [example], settings)).pictures[0]
     rounds = [picture.maps, *(torch.rand(2, 16, 16) for _ in range(4))]
     for latest in rounds[1:]:
         picture = replace(
-            picture, maps=average_rounds(picture, latest, averaged), rounds=picture.rounds + 1
+            picture, maps=average_rounds(picture, latest, settings), rounds=picture.rounds + 1
         )
-    torch.testing.assert_close(picture.maps, torch.stack(rounds).mean(dim=0))
-    assert short.averaging == "latest"
-    assert average_rounds(picture, rounds[2], short) is rounds[2]
+    w = torch.tensor(weights).float()[:, None, None, None]
+    torch.testing.assert_close(picture.maps, (w * torch.stack(rounds)).sum(dim=0) / w.sum())
 
 
 def test_average_maps_does_not_depend_on_the_batch(
