@@ -3,7 +3,7 @@
     python benchmarks/em_table.py
 
 A scene's value is its mean over the seeds; means, spreads and paired differences are over scenes. An arm
-that was run on fewer scenes has its mean over those, and its difference over the common ones.
+that was run on fewer scenes or seeds has its mean over those, and its difference over the common runs.
 Intervals are 95% by Student's t on the scenes' paired differences.
 """
 
@@ -38,20 +38,21 @@ KEPT = (
     ("fixed_literal", "firebrick", "--", "the paper's first masks, kept"),
 )
 Scenes = dict[int, float]
+Runs = dict[tuple[int, int], float]
 
 
-def by_scene(rows: list[dict[str, Any]], arm: str, field: str = "final") -> Scenes:
+def by_run(rows: list[dict[str, Any]], arm: str) -> Runs:
+    """(scene, seed) -> value; the initial masks, which `fixed` keeps, are the start of the EM runs."""
+    name, field = ("em", "start") if arm == "initial" else (arm, "final")
+    return {(row["scene"], row["seed"]): row[field] for row in rows if row["arm"] == name}
+
+
+def by_scene(runs: Runs) -> Scenes:
     """Scene -> mean over its seeds."""
     values: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["arm"] == arm:
-            values[row["scene"]].append(row[field])
+    for (scene, _), value in runs.items():
+        values[scene].append(value)
     return {scene: float(np.mean(of)) for scene, of in values.items()}
-
-
-def values_of(rows: list[dict[str, Any]], arm: str) -> Scenes:
-    """An arm's scenes; the initial masks, which `fixed` keeps, are the start of the EM runs."""
-    return by_scene(rows, "em", "start") if arm == "initial" else by_scene(rows, arm)
 
 
 def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -63,9 +64,10 @@ def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
     return np.array([np.mean(of, axis=0) for of in curves.values()])
 
 
-def paired(a: Scenes, b: Scenes) -> tuple[float, float]:
-    """Mean difference a - b over common scenes, and half the width of its 95% interval."""
-    differences = np.array([a[scene] - b[scene] for scene in sorted(a.keys() & b.keys())])
+def paired(a: Runs, b: Runs) -> tuple[float, float]:
+    """Mean difference a - b over the scenes of common runs, and half the width of its 95% interval."""
+    common = {run: a[run] - b[run] for run in a.keys() & b.keys()}
+    differences = np.array(list(by_scene(common).values()))
     if len(differences) < 2:
         return float("nan"), float("nan")
     half = (
@@ -77,7 +79,7 @@ def paired(a: Scenes, b: Scenes) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
     """Lines of one set."""
     rows = [row for row in rows if row["set"] == set_]
-    em = values_of(rows, "em")
+    em = by_run(rows, "em")
     lines = [
         f"### Set {set_}",
         "",
@@ -85,16 +87,15 @@ def table(rows: list[dict[str, Any]], set_: str) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for arm, title in ARMS.items():
-        found = values_of(rows, arm)
+        found = by_run(rows, arm)
         if not found:
             continue
-        values = np.array(list(found.values()))
+        values = np.array(list(by_scene(found).values()))
         difference, half = paired(em, found)
         versus = "" if arm == "em" else f"{difference:+.3f} +- {half:.3f}"
-        name = "em" if arm == "initial" else arm
-        runs = sum(row["arm"] == name for row in rows)
         mean, spread = values.mean(), values.std(ddof=1)
-        lines.append(f"| {title} | {len(found)} | {runs} | {mean:.3f} | {spread:.3f} | {versus} |")
+        counts = f"{len(values)} | {len(found)}"
+        lines.append(f"| {title} | {counts} | {mean:.3f} | {spread:.3f} | {versus} |")
     return [*lines, "", *curve_lines(rows), ""]
 
 
@@ -102,7 +103,7 @@ def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
     """What the curves must not do: fall."""
     curve = curves_by_scene(rows).mean(axis=0)
     fall = max(0.0, float(np.max(np.maximum.accumulate(curve) - curve)))
-    start, final = by_scene(rows, "em", "start"), by_scene(rows, "em")
+    start, final = by_scene(by_run(rows, "initial")), by_scene(by_run(rows, "em"))
     losses = sorted((final[s] - start[s], s) for s in final)
     bad = [f"{s} ({d:+.3f})" for d, s in losses if d < -0.05]
     return [
@@ -129,7 +130,7 @@ def draw(rows: list[dict[str, Any]], sets: list[str], path: Path) -> None:
         axis.plot(rounds, curves.mean(axis=0), label="EM, mean")
         axis.plot(rounds, middle, linestyle=":", label="EM, median")
         for arm, colour, line, label in KEPT:
-            values = list(values_of(of_set, arm).values())
+            values = list(by_run(of_set, arm).values())
             if values:
                 axis.axhline(np.mean(values), color=colour, linestyle=line, label=label)
         axis.set(title=f"set {set_}", xlabel="E-step", ylim=(0.4, 1))
