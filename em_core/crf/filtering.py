@@ -60,7 +60,8 @@ class GroupSums:
 def products_are_fast(device: torch.device) -> bool:
     """Whether a sparse product beats embedding bags.
 
-    It does with MKL, which PyTorch leaves out on Windows, and where bags leave most of a warp idle.
+    It does on a CPU with MKL's products, which PyTorch leaves out on Windows, and on a GPU, where bags
+    leave most of a warp idle.
     """
     with_mkl = torch.backends.mkl.is_available() and sys.platform != "win32"
     return device.type == "cuda" or (device.type == "cpu" and with_mkl)
