@@ -43,5 +43,11 @@ def literal(settings: EMSettings) -> EMSettings:
         acceptance=0.0,
     )
     return replace(
-        settings, e_step_every=1, refresh=1, free_statistics=False, averaging="latest", masks=masks
+        settings,
+        random_starts=1,
+        e_step_every=1,
+        refresh=1,
+        free_statistics=False,
+        averaging="latest",
+        masks=masks,
     )

@@ -68,6 +68,8 @@ class EMSettings:
         learning_rate: AdamW on the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
         batch: noise samples per step, of one picture (Break-a-Scene: 1).
         vectors: token vectors per concept.
+        random_starts: of concepts without words, the draws of which the best is taken (VCD: 1). That is
+            the one whose weakest mask has the largest contrast.
         masked_loss: weight the diffusion loss by the masks (Eq. 3); False is Eq. 1.
         normalisation: of the masked loss; "mean" is Break-a-Scene's.
         attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
@@ -93,6 +95,7 @@ class EMSettings:
     learning_rate: float = 5e-4
     batch: int = 1
     vectors: int = 1
+    random_starts: int = 16
     masked_loss: bool = True
     normalisation: Normalisation = "area"
     attention_weight: float = 0.01
@@ -114,6 +117,7 @@ class EMSettings:
         require("steps", self.steps, self.steps >= 1, "at least 1")
         require("batch", self.batch, self.batch >= 1, "at least 1")
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
+        require("random_starts", self.random_starts, self.random_starts >= 1, "at least 1")
         require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
         kinds = ("all", "latest")
         require("averaging", self.averaging, self.averaging in kinds, f"one of {kinds}")

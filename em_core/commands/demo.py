@@ -16,7 +16,7 @@ from ..concept_set import ConceptSet, conclude
 from ..concepts import ConceptPrompt
 from ..demo.scenes import SETS, ConceptScene, concept_scene, write_scene
 from ..diffusers_host import DiffusersHost
-from ..em import StepEvent, initialise
+from ..em import StepEvent
 from ..examples import Example
 from ..files import write_json
 from ..metrics import final_iou, metrics
@@ -26,6 +26,7 @@ from ..presets import em_settings, joint_settings
 from ..problem import Problem, prepare
 from ..runner import run
 from ..settings import Mode
+from ..start import initialise
 from ..state import RunState
 from .common import Progress, load_host, require_folder
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..concept_set import conclude
-from ..em import initialise, resume
 from ..errors import UserError
 from ..files import write_json
 from ..metrics import metrics
@@ -17,6 +16,7 @@ from ..presets import em_settings, joint_settings, literal
 from ..problem import Problem, prepare
 from ..runner import run, stop_on_signal
 from ..settings import EMSettings, JointSettings
+from ..start import initialise, resume
 from ..state import RunState
 from .common import Progress, add_model, load_host, read_examples, require_folder
 

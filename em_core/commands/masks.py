@@ -10,13 +10,13 @@ import torch
 from ..concept_set import ConceptSet
 from ..concepts import ConceptPrompt
 from ..diffusers_host import DiffusersHost
-from ..em import attention_masks, known_vectors
 from ..errors import UserError
 from ..examples import Example
 from ..masks import Threshold
 from ..pictures import overlay, read_picture, save_image, save_mask, to_image
 from ..presets import em_settings
 from ..problem import prepare
+from ..start import attention_masks, known_vectors
 from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """examples:

@@ -123,6 +123,7 @@ class ComfyHost:
 
         ComfyUI's models take x = Z_t sqrt(sigma^2 + 1) and give x_0, so both are turned back.
         """
+        mm.throw_exception_if_processing_interrupted()
         self.load()
         sigma = self.sigmas.to(t.device)[t]
         wide = sigma[:, None, None, None]

@@ -18,11 +18,11 @@ from em_core.diffusers_host import (
     describe_layers,
     require_plain_model,
 )
-from em_core.em import initialise
 from em_core.errors import UserError
 from em_core.problem import prepare
 from em_core.runner import run
 from em_core.settings import JointSettings
+from em_core.start import initialise
 from em_core.weights import differences_applied, init_lora, lora_applied
 
 PLAIN = ConceptPrompt.parse("a photo of star and circle on grass")

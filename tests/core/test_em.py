@@ -11,7 +11,7 @@ from em_core.concept_set import ConceptSet, conclude
 from em_core.concepts import ConceptPrompt
 from em_core.diffusers_host import DiffusersHost
 from em_core.e_step import average_rounds, gather, outside
-from em_core.em import attention_masks, initialise, learn, resume
+from em_core.em import learn
 from em_core.errors import TrainingError, UserError
 from em_core.estimate import average_maps, map_side, mask_layers
 from em_core.examples import Example
@@ -21,6 +21,13 @@ from em_core.presets import literal
 from em_core.problem import Problem, prepare
 from em_core.runner import run
 from em_core.settings import EMSettings, JointSettings
+from em_core.start import (
+    attention_masks,
+    blank_state,
+    choose_random_starts,
+    initialise,
+    resume,
+)
 from em_core.state import RunState
 
 JOINT = JointSettings(steps=4, learning_rate=1e-3)
@@ -415,3 +422,58 @@ def test_masks_of_given_vectors(host: DiffusersHost, example: Example, short: EM
         for _ in range(2)
     ]
     assert torch.equal(read[0][0], read[1][0]) and torch.equal(read[0][1].masks, read[1][1].masks)
+
+
+def without_words(example: Example) -> Example:
+    return replace(example, prompt=ConceptPrompt.parse("a photo of <rex> and <doll> on grass"))
+
+
+def test_random_starts_are_the_draw_whose_weakest_mask_has_most_contrast(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """Against a search written out: every draw's masks under the same noise."""
+    problem = prepare(host, [without_words(example)], replace(short, random_starts=4, seed=1))
+    chosen, single = blank_state(problem), blank_state(problem)
+    choose_random_starts(problem, chosen)
+    g = single.generator
+    noise = g.get_state()
+    draws = [{n: of["clip_l"].detach().clone() for n, of in single.vectors.items()}]
+    for _ in range(3):
+        draws.append({n: host.initial_vectors("", 1, g)["clip_l"] for n in single.vectors})
+    weakest = []
+    for tried in draws:
+        g.set_state(noise)
+        vectors = {n: {"clip_l": v} for n, v in tried.items()}
+        _, estimate = attention_masks(problem, problem.pictures[0], vectors, 8, g)
+        weakest.append(float(estimate.contrast.min()))
+    best = draws[weakest.index(max(weakest))]
+    assert best is not draws[0], (
+        "this seed shows nothing; take one whose first draw is not the best"
+    )
+    assert all(torch.equal(chosen.vectors[n]["clip_l"], v) for n, v in best.items())
+
+
+def test_words_leave_nothing_to_draw(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """With words, and in the modes without first masks, the number of draws changes nothing."""
+    for ex, mode in ((example, "em"), (without_words(example), "none")):
+        one, many = (
+            initialise(prepare(host, [ex], replace(short, mode=mode, random_starts=n)))
+            for n in (1, 16)
+        )
+        assert torch.equal(one.generator.get_state(), many.generator.get_state())
+        for name, of in one.vectors.items():
+            assert torch.equal(of["clip_l"], many.vectors[name]["clip_l"])
+
+
+def test_a_concept_with_words_keeps_its_words_start(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    mixed = replace(
+        example, prompt=ConceptPrompt.parse("a photo of <rex:star> and <doll> on grass")
+    )
+    problem = prepare(host, [mixed], replace(short, random_starts=4, seed=1))
+    blank, state = blank_state(problem), initialise(problem)
+    assert torch.equal(state.vectors["rex"]["clip_l"], blank.vectors["rex"]["clip_l"])
+    assert not torch.equal(state.vectors["doll"]["clip_l"], blank.vectors["doll"]["clip_l"])

@@ -136,6 +136,28 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     assert whole_file == stopped
 
 
+def test_interrupted_before_the_first_step(server: Server) -> None:
+    """The search for random starts takes many passes; it stops at once, and nothing stays behind."""
+    p = learning("TestSlow", {"seconds": 0.1}, seed=7)
+    p.b.graph[p.examples.id]["inputs"]["prompt"] = "a photo of <rex> and <doll> on sand"
+    p.b.add("SaveConcepts", concepts=p.learn, name="never", overwrite=True, exports=False)
+    runs = server.base / "user" / "visual_concepts" / "runs"
+    before, told = set(runs.glob("*.state.safetensors")), len(server.log_text())
+    prompt = server.queue(p.b.graph)
+    deadline = time.monotonic() + 60
+    while "Learning concepts" not in server.log_text()[told:] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    asked = time.monotonic()
+    server.post("/interrupt", {})
+    entry = server.wait(prompt, 30)
+    assert time.monotonic() - asked < 4
+    kinds = [kind for kind, _ in entry["status"]["messages"]]
+    assert "execution_interrupted" in kinds, kinds
+    assert set(runs.glob("*.state.safetensors")) == before
+    assert not (server.base / "models" / "visual_concepts" / "never.safetensors").exists()
+
+
 def test_finished_run_is_found_after_a_restart(comfyui, server: Server) -> None:  # type: ignore[no-untyped-def]
     p = learning(seed=11, steps=6)
     p.b.add("SaveConcepts", concepts=p.learn, name="found", overwrite=True, exports=False)
