@@ -68,8 +68,8 @@ class EMSettings:
         learning_rate: AdamW on the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
         batch: noise samples per step, of one picture (Break-a-Scene: 1).
         vectors: token vectors per concept.
-        random_starts: of concepts without words, the draws of which the best is taken (VCD: 1). That is
-            the one whose weakest mask has the largest contrast.
+        random_starts: of concepts without words, the draws of which the best is taken (VCD: 1): the one
+            whose weakest mask has the largest contrast.
         masked_loss: weight the diffusion loss by the masks (Eq. 3); False is Eq. 1.
         normalisation: of the masked loss; "mean" is Break-a-Scene's.
         attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).

@@ -1,5 +1,6 @@
 """Where a run starts (VCD S0 and S1): token vectors from words or at random, and the first masks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from .masks import min_max
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
+# What a random start is judged by: passes per picture, and pictures per concept.
 START_PASSES = 8
+START_PICTURES = 2
 
 
 def initialise(problem: Problem) -> RunState:
@@ -63,13 +66,18 @@ def choose_random_starts(problem: Problem, state: RunState) -> None:
     """Give concepts without words the best of several random draws; see `EMSettings.random_starts`.
 
     A start from which a token attends to the background or to another concept's object is rarely
-    left by the loop. Its mask has little contrast, so the draw wins whose weakest mask has the most;
-    all draws see the same noise.
+    left by the loop. Its mask has little contrast, so the draw wins whose weakest mask has the most,
+    in the first pictures of each such concept. All draws see the same noise.
     """
     settings, host, g = problem.settings, problem.host, state.generator
     wordless = [concept.name for concept in problem.concepts if not concept.words]
     if not wordless or settings.random_starts == 1 or settings.mode in ("given", "none"):
         return
+    pictures = [
+        prepared
+        for i, prepared in enumerate(problem.pictures)
+        if any(i in pictures_of(problem, name)[:START_PICTURES] for name in wordless)
+    ]
     noise = g.get_state()
     draws: list[ConceptVectors] = [{name: state.vectors[name] for name in wordless}]
     for _ in range(settings.random_starts - 1):
@@ -78,18 +86,25 @@ def choose_random_starts(problem: Problem, state: RunState) -> None:
     for draw in draws:
         same = torch.Generator()
         same.set_state(noise)
-        scores.append(weakest_contrast(problem, {**state.vectors, **draw}, same))
+        scores.append(weakest_contrast(problem, pictures, {**state.vectors, **draw}, same))
     best = draws[max(range(len(draws)), key=scores.__getitem__)]
     for name, of in best.items():
         for encoder, v in of.items():
             state.vectors[name][encoder].copy_(v)
 
 
-def weakest_contrast(problem: Problem, vectors: ConceptVectors, g: torch.Generator) -> float:
+def pictures_of(problem: Problem, name: str) -> list[int]:
+    """Indices of the pictures whose prompts name a concept."""
+    return [i for i, prepared in enumerate(problem.pictures) if name in prepared.names]
+
+
+def weakest_contrast(
+    problem: Problem, pictures: Sequence[Prepared], vectors: ConceptVectors, g: torch.Generator
+) -> float:
     """The least contrast of the masks that these vectors give, over concepts and pictures."""
     return min(
         float(attention_masks(problem, prepared, vectors, START_PASSES, g)[1].contrast.min())
-        for prepared in problem.pictures
+        for prepared in pictures
     )
 
 

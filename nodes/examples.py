@@ -35,7 +35,7 @@ class ConceptExample(io.ComfyNode):
                     multiline=True,
                     default="a photo of <rex:dog> on <shore:beach>",
                     tooltip="Describe the picture and mark each concept as <name:words it starts from>. "
-                    "<name> alone starts from noise. A background can be a concept too.",
+                    "<name> alone starts from the best of several random draws. A background can be a concept too.",
                 ),
                 io.Mask.Input(
                     "masks",

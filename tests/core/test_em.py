@@ -477,3 +477,30 @@ def test_a_concept_with_words_keeps_its_words_start(
     blank, state = blank_state(problem), initialise(problem)
     assert torch.equal(state.vectors["rex"]["clip_l"], blank.vectors["rex"]["clip_l"])
     assert not torch.equal(state.vectors["doll"]["clip_l"], blank.vectors["doll"]["clip_l"])
+
+
+def test_random_starts_are_judged_by_few_pictures(
+    host: DiffusersHost, example: Example, short: EMSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five pictures: the first two of <rex>, and the one of <doll>; those without either never."""
+    prompts = [
+        "star on grass",
+        "<rex> on grass",
+        "<rex> on sand",
+        "<rex> on wood",
+        "<doll> on grass",
+    ]
+    examples = [
+        Example(example.picture, ConceptPrompt.parse(text.replace("star", "<x:star>")))
+        for text in prompts
+    ]
+    problem = prepare(host, examples, replace(short, random_starts=2))
+    seen = []
+
+    def note(problem, prepared, vectors, passes, g):
+        seen.append(str(prepared.example.prompt))
+        return attention_masks(problem, prepared, vectors, passes, g)
+
+    monkeypatch.setattr("em_core.start.attention_masks", note)
+    choose_random_starts(problem, blank_state(problem))
+    assert seen == [prompts[i] for i in (1, 2, 4)] * 2
