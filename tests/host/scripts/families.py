@@ -65,12 +65,12 @@ def check_learning(
     joint: Any,
 ) -> Any:
     """Gradients reach every encoder's vectors; the schedule is of the right kind."""
-    learn, conclude = part("em_core.em"), part("em_core.concept_set").conclude
+    start_of, conclude = part("em_core.start").initialise, part("em_core.concept_set").conclude
     types = (torch.float32, torch.float32 if kind == "full" else None)
     with host_module.learning_host(model, text, autoencoder, *types) as host:
         assert host.schedule.prediction == ("v_prediction" if family == "sd2v" else "epsilon")
         problem = part("em_core.problem").prepare(host, [example], em, joint)
-        state = learn.initialise(problem)
+        state = start_of(problem)
         start = {
             (c, e): v.detach().clone() for c, of in state.vectors.items() for e, v in of.items()
         }
@@ -179,7 +179,7 @@ def check_checkpointing(
             part("nodes.host.checkpointing").checkpointing(host.unet, on),
         ):
             problem = part("em_core.problem").prepare(host, [example], em)
-            state = part("em_core.em").initialise(problem)
+            state = part("em_core.start").initialise(problem)
             part("em_core.runner").run(problem, state)
             found.append(torch.tensor([v for _, v in state.curves["loss/total"]]))
     torch.testing.assert_close(found[0], found[1])

@@ -28,7 +28,7 @@ def run() -> dict[str, torch.Tensor]:
     model_, clip, vae = part("nodes.host.demo_model").load_demo_model(model)
     with part("nodes.host.comfy_host").learning_host(model_, clip, vae, torch.float32) as host:
         problem = part("em_core.problem").prepare(host, [example], em, joint)
-        state = part("em_core.em").initialise(problem)
+        state = part("em_core.start").initialise(problem)
         result = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
         part("em_core.runner").run(problem, state)
         return result | compare.result(state)
