@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from graphs import PROMPT, applied, learning, sample
+from graphs import PROMPT, Parts, applied, learning, sample
 from server import Builder, Failed, Server
 
 
@@ -102,6 +102,16 @@ def test_lora_before_learning_counts(server: Server) -> None:
     assert server.dumped("first")["x/loss/0"] != server.dumped("second")["x/loss/0"]
 
 
+def queue_and_wait_for_learning(server: Server, p: Parts) -> str:
+    """The id of a queued prompt whose LearnConcepts has begun its work."""
+    told = len(server.log_text())
+    prompt = server.queue(p.b.graph)
+    deadline = time.monotonic() + 60
+    while "Learning concepts" not in server.log_text()[told:] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return prompt
+
+
 def test_interrupted_and_queued_again(server: Server) -> None:
     """Stopped in the middle and queued again: the same, bit for bit, as never stopped."""
     slow = {"seconds": 0.015}
@@ -109,10 +119,7 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     p.b.add("SaveConcepts", concepts=p.learn, name="stopped", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
-    prompt = server.queue(p.b.graph)
-    deadline = time.monotonic() + 60
-    while "Learning concepts" not in server.log_text()[-2000:] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    prompt = queue_and_wait_for_learning(server, p)
     time.sleep(3)
     asked = time.monotonic()
     server.post("/interrupt", {})
@@ -142,11 +149,8 @@ def test_interrupted_before_the_first_step(server: Server) -> None:
     p.b.graph[p.examples.id]["inputs"]["prompt"] = "a photo of <rex> and <doll> on sand"
     p.b.add("SaveConcepts", concepts=p.learn, name="never", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
-    before, told = set(runs.glob("*.state.safetensors")), len(server.log_text())
-    prompt = server.queue(p.b.graph)
-    deadline = time.monotonic() + 60
-    while "Learning concepts" not in server.log_text()[told:] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    before = set(runs.glob("*.state.safetensors"))
+    prompt = queue_and_wait_for_learning(server, p)
     time.sleep(2)
     asked = time.monotonic()
     server.post("/interrupt", {})
