@@ -23,8 +23,8 @@ import torch
 from crf_data import first_masks, photo_folders, read_photo, table, write
 from torch import Tensor
 
-from em_core.crf import CUTLER, DenseCRF, MaskRefiner
-from em_core.crf.mean_field import cached_gaussian
+from em_core.masks.crf import CUTLER, DenseCRF, MaskRefiner
+from em_core.masks.crf.mean_field import cached_gaussian
 
 PYDENSECRF = replace(CUTLER, backend="pydensecrf")
 

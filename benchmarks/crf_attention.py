@@ -18,9 +18,9 @@ from crf import describe, seconds
 from crf_data import photo_folders, read_photo, table, write
 from torch import Tensor
 
-from em_core.crf import CUTLER
-from em_core.crf.features import bilateral_features
-from em_core.crf.filtering import normalised_filter
+from em_core.masks.crf import CUTLER
+from em_core.masks.crf.features import bilateral_features
+from em_core.masks.crf.filtering import normalised_filter
 
 CHUNK = 1024
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from em_core.masks import resize_masks
+from em_core.masks.resizing import resize_masks
 from em_core.pictures import from_image, open_image, read_mask
 
 RESULTS = Path(__file__).parent / "results"

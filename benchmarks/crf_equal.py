@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from crf_data import first_masks, photo_folders, read_photo, table, write
 
-from em_core.crf import CUTLER, MaskRefiner, joint_unary
+from em_core.masks.crf import CUTLER, MaskRefiner, joint_unary
 
 SIZES = ((512, 512), (511, 333), (253, 401))
 

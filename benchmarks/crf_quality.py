@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from crf_data import RESULTS, photo_folders, read_photo, table, write
 from torch import Tensor
 
-from em_core.crf import CUTLER, CRFSettings, MaskRefiner, labels
-from em_core.masks import binarise, iou
-from em_core.pictures import overlay, save_image, sheet
+from em_core.masks.crf import CUTLER, CRFSettings, MaskRefiner, labels
+from em_core.masks.measures import iou
+from em_core.masks.thresholds import binarise
+from em_core.pictures import save_image
+from em_core.show.drawing import overlay, sheet
 
 SIDE = 512
 BLUR = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])[None, None] / 16

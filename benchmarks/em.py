@@ -25,18 +25,18 @@ import torch
 
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
-from em_core.concepts import Concept, ConceptPrompt
 from em_core.demo.scenes import concept_scene
-from em_core.diffusers_host import DiffusersHost
-from em_core.em import StepEvent
 from em_core.examples import Example
-from em_core.masks import iou
+from em_core.hosts.diffusers import DiffusersHost
+from em_core.masks.measures import iou
+from em_core.method.loop import StepEvent
+from em_core.method.problem import Problem, prepare
+from em_core.method.start import attention_masks, initialise
+from em_core.method.state import RunState
 from em_core.presets import em_settings, literal
-from em_core.problem import Problem, prepare
-from em_core.runner import run
+from em_core.prompts import Concept, ConceptPrompt
+from em_core.runs.runner import run
 from em_core.settings import EMSettings
-from em_core.start import attention_masks, initialise
-from em_core.state import RunState
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SCENE = 1000

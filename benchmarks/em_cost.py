@@ -18,10 +18,10 @@ import torch
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
 from em_core.demo.scenes import concept_scene
+from em_core.method.problem import Problem, prepare
+from em_core.method.start import initialise
 from em_core.presets import em_settings
-from em_core.problem import Problem, prepare
-from em_core.runner import run
-from em_core.start import initialise
+from em_core.runs.runner import run
 
 RESULTS = Path(__file__).parent / "results"
 

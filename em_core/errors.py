@@ -12,3 +12,9 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training could not go on; the last good state is kept."""
+
+
+def require(what: str, value: object, fine: bool, expected: str) -> None:
+    """Raise a UserError unless `fine`."""
+    if not fine:
+        raise UserError(f"Bad {what}. Expected {expected}, got {value!r}.")

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from .concepts import ConceptPrompt
 from .errors import UserError
+from .pictures import Picture
+from .prompts import ConceptPrompt
 
-Picture = Float[Tensor, "3 H W"]
 NamedMasks = Mapping[str, Bool[Tensor, "_ _"]]
 
 
@@ -52,18 +52,6 @@ def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int,
     scale = side / (height * width) ** 0.5
     fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
     return fit[0], fit[1]
-
-
-def resize_picture(
-    picture: Float[Tensor, "3 _h _w"], size: tuple[int, int]
-) -> Float[Tensor, "3 h w"]:
-    """Antialiased bicubic resize, values kept in 0..1."""
-    if tuple(picture.shape[-2:]) == size:
-        return picture
-    resized = F.interpolate(
-        picture[None], size=size, mode="bicubic", align_corners=False, antialias=True
-    )
-    return resized[0].clamp(0, 1)
 
 
 def stack_masks(

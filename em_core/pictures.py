@@ -1,28 +1,20 @@
-"""Pictures on disk: read with every quirk handled or refused, drawn over, laid side by side."""
+"""Pictures on disk: read with every quirk handled or refused, and written."""
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Shaped
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
 from .files import write_aside
 
+Picture = Float[Tensor, "3 H W"]
 MAX_PIXELS = 64_000_000
-COLOURS = (
-    (230, 60, 60),
-    (60, 120, 240),
-    (250, 190, 40),
-    (60, 190, 90),
-    (180, 90, 220),
-    (40, 200, 210),
-)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -117,42 +109,3 @@ def save_mask(path: Path, mask: Bool[Tensor, "H W"], size: tuple[int, int] | Non
             lambda v: 255 if v > 127 else 0
         )
     save_image(path, image)
-
-
-def overlay(
-    picture: Float[Tensor, "3 H W"], masks: Bool[Tensor, "k H W"], scale: int = 1
-) -> Image.Image:
-    """The picture dimmed, with each mask tinted in its own colour and outlined."""
-    shown = picture.detach().cpu() * 0.55
-    for i, mask in enumerate(masks.cpu()):
-        colour = torch.tensor(COLOURS[i % len(COLOURS)])[:, None] / 255
-        shown[:, mask] = 0.6 * picture.detach().cpu()[:, mask] + 0.4 * colour
-        shown[:, outline(mask)] = colour
-    image = to_image(shown)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
-    """Pixels of the mask that touch its outside."""
-    padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
-    inner = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)[0, 0] > 0.5
-    return mask & ~inner
-
-
-def sheet(
-    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 160
-) -> Image.Image:
-    """A labelled grid of images: one row per entry, titles over the columns."""
-    label = 7 * max((len(title) for title in rows), default=0) + 14
-    count = max(len(images) for images in rows.values())
-    canvas = Image.new("RGB", (label + count * (side + 4), 22 + len(rows) * (side + 4)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for j, title in enumerate(columns):
-        pen.text((label + j * (side + 4) + 2, 5), title, fill="black")
-    for i, (title, images) in enumerate(rows.items()):
-        top = 22 + i * (side + 4)
-        pen.text((6, top + side // 2 - 6), title, fill="black")
-        for j, image in enumerate(images):
-            fit = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.NEAREST)
-            canvas.paste(fit, (label + j * (side + 4), top))
-    return canvas

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from .crf import DEMO
-from .settings import EMSettings, JointSettings, MaskSettings, WeightKind
+from .masks.crf import DEMO
+from .masks.settings import MaskSettings
+from .settings import EMSettings, JointSettings, WeightKind
 
 DEMO_FAMILY = "sd-64"
 

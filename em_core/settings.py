@@ -4,56 +4,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from .crf import CRFSettings
-from .errors import UserError
-from .losses import Normalisation
-from .masks import Guards, Threshold
+from .errors import require
+from .masks.crf import CRFSettings
+from .masks.guards import Guards
+from .masks.settings import MaskSettings
 
 Mode = Literal["em", "fixed", "given", "none"]
+Normalisation = Literal["mean", "area"]
 WeightKind = Literal["none", "lora", "cross_attention", "full"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """How attention maps become masks (VCD, "Mask extraction").
-
-    Attributes:
-        init_timesteps: UNet passes of the first estimate (VCD: 50).
-        timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
-            reads all; late steps see layout, not edges.
-        threshold: tau on the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
-        normalise: scale maps by "min-max" (method) or by their "max" only.
-        competition: give each pixel to one concept only.
-        all_layers: average over all layers (VCD) instead of those at or above the loss's resolution.
-        soft: train under the CRF's marginals instead of its labels.
-        crf: DenseCRF settings, or None for no refinement.
-        guards: when a new mask is not believed.
-        acceptance: share of the present mask's contrast (how far its map is higher inside than
-            outside) that a new mask must reach; 0 takes every mask that the guards believe (VCD).
-    """
-
-    init_timesteps: int = 50
-    timesteps: tuple[float, float] = (0.05, 0.4)
-    threshold: Threshold = 0.4
-    normalise: Literal["min-max", "max"] = "min-max"
-    competition: bool = True
-    all_layers: bool = False
-    soft: bool = True
-    crf: CRFSettings | None = field(default_factory=CRFSettings)
-    guards: Guards = field(default_factory=Guards)
-    acceptance: float = 1.0
-
-    def __post_init__(self) -> None:
-        passes, tau = self.init_timesteps, self.threshold
-        require("number of passes", passes, passes >= 1, "at least 1")
-        fits = len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1] <= 1
-        require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
-        fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
-        require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
-        scales = ("min-max", "max")
-        require("normalisation", self.normalise, self.normalise in scales, f"one of {scales}")
-        require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -194,12 +153,6 @@ RATE = "a number over 0 and at most 1"
 def is_rate(value: float) -> bool:
     """Whether it can be a learning rate."""
     return 0 < value <= 1
-
-
-def require(what: str, value: object, fine: bool, expected: str) -> None:
-    """Raise a UserError unless `fine`."""
-    if not fine:
-        raise UserError(f"Bad {what}. Expected {expected}, got {value!r}.")
 
 
 def to_json(settings: Any) -> dict[str, Any]:

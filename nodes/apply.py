@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..em_core.concept_set import ConceptSet
 from ..em_core.errors import UserError
+from ..em_core.runs.concept_set import ConceptSet
 from .host.application import apply_concepts
 from .pictures import masks_of
 from .schema import CATEGORY, Concepts, schema

@@ -81,8 +81,8 @@ class DemoScene(io.ComfyNode):
 
     @classmethod
     def execute(cls, seed: int, kind: str) -> io.NodeOutput:  # type: ignore[override]
-        from ..em_core.concepts import ConceptPrompt
         from ..em_core.demo.scenes import concept_scene
+        from ..em_core.prompts import ConceptPrompt
 
         scene: Any = concept_scene(seed, kind)
         image = torch.from_numpy(scene.image.copy()).float()[None] / 255

@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..em_core.concepts import EXAMPLE, ConceptPrompt
 from ..em_core.errors import UserError
-from ..em_core.examples import Example, NamedMasks, Picture
+from ..em_core.examples import Example, NamedMasks
+from ..em_core.pictures import Picture
+from ..em_core.prompts import EXAMPLE, ConceptPrompt
 from .pictures import labels_of, masks_of, pictures_of
 from .schema import CATEGORY, Examples, schema
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..em_core.concept_set import ConceptSet
-from ..em_core.weights import DIFF, DOWN, UP
+from ..em_core.model.adapters import DIFF, DOWN, UP
+from ..em_core.runs.concept_set import ConceptSet
 
 TEXT = re.compile(r"^(?:text_encoder|clip_[lgh]\.transformer)\.(?:text_model\.)?(?=.)")
 BLOCKS = re.compile(

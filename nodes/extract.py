@@ -11,14 +11,15 @@ from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..em_core.concept_set import ConceptSet
-from ..em_core.concepts import ConceptPrompt
 from ..em_core.errors import UserError
-from ..em_core.examples import Example, Picture
+from ..em_core.examples import Example
+from ..em_core.masks.settings import MaskSettings
+from ..em_core.method.problem import prepare
+from ..em_core.method.start import attention_masks, known_vectors
+from ..em_core.pictures import Picture
 from ..em_core.presets import em_settings
-from ..em_core.problem import prepare
-from ..em_core.settings import MaskSettings
-from ..em_core.start import attention_masks, known_vectors
+from ..em_core.prompts import ConceptPrompt
+from ..em_core.runs.concept_set import ConceptSet
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
 from .learn import AUTO

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..em_core.concept_set import ConceptSet
 from ..em_core.errors import UserError
 from ..em_core.files import write_aside
+from ..em_core.runs.concept_set import ConceptSet
 from .exports import embedding_tensors, lora_metadata, lora_tensors
 from .schema import CATEGORY, Concepts, schema
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..em_core.crf import PRESETS
 from ..em_core.errors import UserError
 from ..em_core.examples import Example
+from ..em_core.masks.crf import PRESETS
 from ..em_core.presets import em_settings, joint_settings
 from ..em_core.settings import EMSettings, JointSettings
 from .host.families import identify

@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..em_core.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..em_core.errors import UserError
-from ..em_core.masks import iou
+from ..em_core.masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
+from ..em_core.masks.measures import iou
 from .pictures import labels_of, masks_of, pictures_of, to_mask
 from .schema import ADVANCED, CATEGORY, schema
 

@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..em_core.errors import UserError
-from ..em_core.examples import Picture
-from ..em_core.pictures import from_image
+from ..em_core.pictures import Picture, from_image
 
 
 def pictures_of(image: Float[Tensor, "b h w c"]) -> list[Picture]:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..em_core.concept_set import ConceptSet
 from ..em_core.errors import UserError
 from ..em_core.examples import Example
 from ..em_core.pictures import read_picture
-from ..em_core.plots import plot_curves
+from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.show.plots import plot_curves
 from .pictures import to_images, to_mask
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ..concepts import ConceptPrompt
 from ..demo import model_path
-from ..diffusers_host import DiffusersHost
-from ..em import StepEvent
 from ..errors import UserError
 from ..examples import Example, NamedMasks
 from ..files import write_text
+from ..hosts.diffusers import DiffusersHost
+from ..method.loop import StepEvent
+from ..method.state import RunState
 from ..pictures import read_mask, read_picture
-from ..state import RunState
+from ..prompts import ConceptPrompt
 
 
 def positive(text: str) -> int:

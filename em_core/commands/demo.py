@@ -12,22 +12,23 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from ..concept_set import ConceptSet, conclude
-from ..concepts import ConceptPrompt
 from ..demo.scenes import SETS, ConceptScene, concept_scene, write_scene
-from ..diffusers_host import DiffusersHost
-from ..em import StepEvent
 from ..examples import Example
 from ..files import write_json
-from ..metrics import final_iou, metrics
-from ..pictures import overlay, save_image, save_mask, sheet, to_image
-from ..plots import load_matplotlib, plot_curves
+from ..hosts.diffusers import DiffusersHost
+from ..method.loop import StepEvent
+from ..method.problem import Problem, prepare
+from ..method.start import initialise
+from ..method.state import RunState
+from ..pictures import save_image, save_mask, to_image
 from ..presets import em_settings, joint_settings
-from ..problem import Problem, prepare
-from ..runner import run
+from ..prompts import ConceptPrompt
+from ..runs.concept_set import ConceptSet, conclude
+from ..runs.runner import run
 from ..settings import Mode
-from ..start import initialise
-from ..state import RunState
+from ..show.drawing import overlay, sheet
+from ..show.metrics import final_iou, metrics
+from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, load_host, require_folder
 
 SEED, SET = 1, "C"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..concept_set import ConceptSet
-from ..concepts import ConceptPrompt
-from ..pictures import save_image, sheet, to_image
+from ..pictures import save_image, to_image
+from ..prompts import ConceptPrompt
+from ..runs.concept_set import ConceptSet
+from ..show.drawing import sheet
 from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """example:

@@ -6,18 +6,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ..concept_set import conclude
 from ..errors import UserError
 from ..files import write_json
-from ..metrics import metrics
+from ..method.problem import Problem, prepare
+from ..method.start import initialise, resume
+from ..method.state import RunState
 from ..pictures import save_mask
-from ..plots import load_matplotlib, plot_curves
 from ..presets import em_settings, joint_settings, literal
-from ..problem import Problem, prepare
-from ..runner import run, stop_on_signal
+from ..runs.concept_set import conclude
+from ..runs.runner import run, stop_on_signal
 from ..settings import EMSettings, JointSettings
-from ..start import initialise, resume
-from ..state import RunState
+from ..show.metrics import metrics
+from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
 
 STATE = "state.safetensors"

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..concept_set import ConceptSet
-from ..concepts import ConceptPrompt
-from ..diffusers_host import DiffusersHost
 from ..errors import UserError
 from ..examples import Example
-from ..masks import Threshold
-from ..pictures import overlay, read_picture, save_image, save_mask, to_image
+from ..hosts.diffusers import DiffusersHost
+from ..masks.thresholds import Threshold
+from ..method.problem import prepare
+from ..method.start import attention_masks, known_vectors
+from ..pictures import read_picture, save_image, save_mask, to_image
 from ..presets import em_settings
-from ..problem import prepare
-from ..start import attention_masks, known_vectors
+from ..prompts import ConceptPrompt
+from ..runs.concept_set import ConceptSet
+from ..show.drawing import overlay
 from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """examples:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..crf import PRESETS, CRFSettings, MaskRefiner, labels
-from ..crf.pydensecrf_backend import load
 from ..errors import UserError
-from ..masks import resize_masks
+from ..masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
+from ..masks.crf.pydensecrf_backend import load
+from ..masks.resizing import resize_masks
 from ..pictures import read_mask, read_picture, save_mask
 from .common import add_device, require_folder, torch_device
 

@@ -7,8 +7,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...em_core.concept_set import ConceptSet
 from ...em_core.errors import UserError
+from ...em_core.runs.concept_set import ConceptSet
 from ..exports import lora_tensors
 from .families import encoder_width, text_encoders
 from .layout import laid_out_model, noting_clip

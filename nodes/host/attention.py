@@ -10,7 +10,8 @@ from comfy.ldm.modules.attention import CrossAttention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from torch import Tensor, nn
 
-from ...em_core.attention import AttentionRecorder, CrossAttentionLayer, listening
+from ...em_core.model.layers import CrossAttentionLayer
+from ...em_core.model.recording import AttentionRecorder, listening
 
 STAGES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
 

@@ -1,4 +1,4 @@
-"""The protocol of em_core.diffusion over a MODEL, a CLIP and a VAE of ComfyUI."""
+"""The protocol of em_core.model.protocol over a MODEL, a CLIP and a VAE of ComfyUI."""
 
 import re
 import uuid
@@ -13,11 +13,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...em_core.attention import AttentionRecorder
-from ...em_core.concepts import ConceptPrompt, ConceptVectors
-from ...em_core.diffusion import Conditioning, ModelIdentity
 from ...em_core.errors import UserError
-from ...em_core.vectors import random_vectors
+from ...em_core.model.protocol import Conditioning, ModelIdentity
+from ...em_core.model.recording import AttentionRecorder
+from ...em_core.model.vectors import random_vectors
+from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from .attention import describe_layers, record_attention
 from .copies import private_copies
 from .families import encoder_width, identify, noise_schedule, text_encoders
@@ -41,7 +41,7 @@ NO_PART = re.compile(r"token_embedding\.weight$|logit_scale$|text_projection\.we
 
 
 class ComfyHost:
-    """The protocol :class:`em_core.diffusion.DiffusionModel` over ComfyUI.
+    """The protocol :class:`em_core.model.protocol.DiffusionModel` over ComfyUI.
 
     Attributes:
         model: the MODEL's patcher with all that the graph has put on it.

@@ -16,8 +16,8 @@ from comfy.sd1_clip import SD1CheckpointClipModel, SD1ClipModel, SD1Tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...em_core.concepts import require_known
 from ...em_core.errors import UserError
+from ...em_core.prompts import require_known
 
 NO_WORDS = re.compile(r"<[^<>]*>|embedding:\S+")
 BLOCK = re.compile(r"(up_blocks)\.(\d)")

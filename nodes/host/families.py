@@ -9,8 +9,8 @@ from comfy.model_base import SDXL, BaseModel
 from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
-from ...em_core.diffusion import NoiseSchedule, Prediction
 from ...em_core.errors import UserError
+from ...em_core.model.schedules import NoiseSchedule, Prediction
 
 SUPPORTED = "Stable Diffusion 1.x, Stable Diffusion 2.x and SDXL checkpoints"
 NAMES = {("clip_l",): "sd1", ("clip_h",): "sd2", ("clip_l", "clip_g"): "sdxl"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...em_core.diffusion import ModelIdentity
+from ...em_core.model.protocol import ModelIdentity
 
 SAMPLES = 64
 DEPTH = 12

@@ -18,8 +18,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ...em_core.attention import map_size
-from ...em_core.concepts import ConceptVectors
+from ...em_core.model.layers import map_size
+from ...em_core.prompts import ConceptVectors
 from .attention import cross_attention_modules
 from .text import find_columns
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...em_core.concepts import MARK, ConceptVectors
 from ...em_core.errors import UserError
-from ...em_core.vectors import spread_pieces
+from ...em_core.model.vectors import spread_pieces
+from ...em_core.prompts import MARK, ConceptVectors
 
 MEMORY = "\x1a"
 Tokens = dict[str, list[list[tuple[Any, float]]]]

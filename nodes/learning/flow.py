@@ -7,14 +7,14 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from ...em_core.concept_set import ConceptSet, conclude
 from ...em_core.errors import OUT_OF_MEMORY, TrainingError, UserError
 from ...em_core.examples import Example
-from ...em_core.problem import Problem, prepare
-from ...em_core.runner import run, save
+from ...em_core.method.problem import Problem, prepare
+from ...em_core.method.start import initialise, resume
+from ...em_core.method.state import RunState
+from ...em_core.runs.concept_set import ConceptSet, conclude
+from ...em_core.runs.runner import run, save
 from ...em_core.settings import EMSettings, JointSettings
-from ...em_core.start import initialise, resume
-from ...em_core.state import RunState
 from ..host.checkpointing import checkpointing
 from ..host.comfy_host import learning_host
 from ..host.families import identify

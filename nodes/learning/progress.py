@@ -7,10 +7,10 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 
-from ...em_core.em import StepEvent
-from ...em_core.pictures import overlay
-from ...em_core.problem import Problem
-from ...em_core.state import RunState
+from ...em_core.method.loop import StepEvent
+from ...em_core.method.problem import Problem
+from ...em_core.method.state import RunState
+from ...em_core.show.drawing import overlay
 
 SECONDS = 0.5
 SIDE = 320
@@ -46,7 +46,7 @@ class NodeProgress:
         small = picture.example.picture
         labels = state.pictures[0].labels
         if tuple(small.shape[-2:]) != tuple(labels.shape[-2:]):
-            from ...em_core.examples import resize_picture
+            from ...em_core.masks.resizing import resize_picture
 
             small = resize_picture(small, picture.size)
         image = overlay(small, labels, max(1, SIDE // max(labels.shape[-2:])))

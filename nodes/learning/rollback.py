@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...em_core.em import StepEvent
-from ...em_core.state import RunState
+from ...em_core.method.loop import StepEvent
+from ...em_core.method.state import RunState
 
 COUNTERS = ("phase", "step", "settled", "finished")
 

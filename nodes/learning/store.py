@@ -9,11 +9,11 @@ from typing import Any
 import folder_paths
 import torch
 
-from ...em_core.concept_set import ConceptSet
-from ...em_core.diffusion import ModelIdentity
 from ...em_core.errors import UserError
 from ...em_core.examples import Example
-from ...em_core.run_key import run_key
+from ...em_core.model.protocol import ModelIdentity
+from ...em_core.runs.concept_set import ConceptSet
+from ...em_core.runs.key import run_key
 from ...em_core.settings import EMSettings, JointSettings
 from ..host.identity import patcher_digest
 

@@ -8,8 +8,8 @@ import torch
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
 from em_core.demo.scenes import concept_scene
-from em_core.diffusers_host import DiffusersHost
 from em_core.examples import Example
+from em_core.hosts.diffusers import DiffusersHost
 from em_core.presets import em_settings
 from em_core.settings import EMSettings
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.masks import resize_masks
+from em_core.masks.resizing import resize_masks
 from em_core.pictures import from_image, open_image, read_mask
 
 NAMES = ("bear", "birds", "creature", "toys")

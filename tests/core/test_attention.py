@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from em_core.attention import (
-    AttentionRecorder,
-    CrossAttentionLayer,
-    column_probabilities,
-    map_size,
-    mean_maps,
-    select_columns,
-)
-from em_core.estimate import loss_layers, mask_layers
+from em_core.model.columns import column_probabilities, select_columns
+from em_core.model.layers import CrossAttentionLayer, loss_layers, map_size, mask_layers
+from em_core.model.recording import AttentionRecorder, mean_maps
 
 SD = tuple(
     CrossAttentionLayer(f"{stage}{scale}.{i}", scale, stage)

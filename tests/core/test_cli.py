@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from em_core.__main__ import main
 from em_core.commands.common import load_host
-from em_core.concept_set import ConceptSet
+from em_core.model.adapters import init_lora
 from em_core.pictures import read_mask
-from em_core.weights import init_lora
+from em_core.runs.concept_set import ConceptSet
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a photo of <rex:star> and <doll:circle> on grass"
@@ -207,7 +207,7 @@ def a_pickle(file: Path) -> None:
 
 
 def of_another_model(file: Path) -> None:
-    from em_core.concept_set import ConceptSet
+    from em_core.runs.concept_set import ConceptSet
 
     loaded = ConceptSet.load(file)
     loaded.identity.sample.mul_(1.5)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from em_core.concepts import Concept, ConceptPrompt, merge_concepts
 from em_core.errors import UserError
-from em_core.vectors import random_vectors, spread_pieces
+from em_core.model.vectors import random_vectors, spread_pieces
+from em_core.prompts import Concept, ConceptPrompt, merge_concepts
 
 
 def test_parts_of_a_prompt() -> None:

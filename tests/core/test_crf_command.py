@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from em_core.__main__ import main
-from em_core.crf import DEMO, MaskRefiner, labels
-from em_core.masks import iou
+from em_core.masks.crf import DEMO, MaskRefiner, labels
+from em_core.masks.measures import iou
 from em_core.pictures import read_mask, read_picture
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.crf import filtering
-from em_core.crf.embedding import embed, scale_factors
-from em_core.crf.filtering import normalised_filter, plain_filter
-from em_core.crf.lattice import build_lattice, sort_stable
 from em_core.errors import UserError
+from em_core.masks.crf import filtering
+from em_core.masks.crf.embedding import embed, scale_factors
+from em_core.masks.crf.filtering import normalised_filter, plain_filter
+from em_core.masks.crf.lattice import build_lattice, sort_stable
 
 DIMENSIONS = (1, 2, 3, 5, 7)
 

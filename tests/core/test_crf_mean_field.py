@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.crf import CRFSettings, DenseCRF
-from em_core.crf.features import bilateral_features, spatial_features
-from em_core.crf.filtering import normalised_filter
+from em_core.masks.crf import CRFSettings, DenseCRF
+from em_core.masks.crf.features import bilateral_features, spatial_features
+from em_core.masks.crf.filtering import normalised_filter
 
 WEIGHTS = (3.0, 5.0)
 
@@ -128,7 +128,7 @@ def test_without_kernels_the_unary_stays() -> None:
 
 
 def test_smoothness_kernel_is_kept_by_shape() -> None:
-    from em_core.crf.mean_field import CACHED_SHAPES, cached_gaussian, gaussian_filter
+    from em_core.masks.crf.mean_field import CACHED_SHAPES, cached_gaussian, gaussian_filter
 
     cpu = torch.device("cpu")
     assert gaussian_filter(9, 7, 3.0, cpu) is gaussian_filter(9, 7, 3.0, cpu)

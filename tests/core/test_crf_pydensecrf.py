@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.crf import CUTLER, DEMO, DIFFUMASK, CRFSettings, MaskRefiner, joint_unary
+from em_core.masks.crf import CUTLER, DEMO, DIFFUMASK, CRFSettings, MaskRefiner, joint_unary
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.crf import (
+from em_core.errors import UserError
+from em_core.masks.crf import (
     CUTLER,
     DEMO,
     DIFFUMASK,
@@ -20,8 +21,7 @@ from em_core.crf import (
     memory,
     refine_batch,
 )
-from em_core.errors import UserError
-from em_core.masks import iou
+from em_core.masks.measures import iou
 from em_core.settings import from_json
 
 
@@ -196,7 +196,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_lattice_is_built_once_and_not_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from em_core.crf import mean_field
+    from em_core.masks.crf import mean_field
 
     built = []
     real = mean_field.bilateral_features

@@ -8,22 +8,23 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from em_core.attention import AttentionRecorder, select_columns
-from em_core.concept_set import ConceptSet, conclude
-from em_core.concepts import ConceptPrompt
 from em_core.demo import model_path
-from em_core.diffusers_host import (
+from em_core.errors import UserError
+from em_core.hosts.diffusers import (
     DiffusersHost,
     cross_attention_modules,
     describe_layers,
     require_plain_model,
 )
-from em_core.errors import UserError
-from em_core.problem import prepare
-from em_core.runner import run
+from em_core.method.problem import prepare
+from em_core.method.start import initialise
+from em_core.model.adapters import differences_applied, init_lora, lora_applied
+from em_core.model.columns import select_columns
+from em_core.model.recording import AttentionRecorder
+from em_core.prompts import ConceptPrompt
+from em_core.runs.concept_set import ConceptSet, conclude
+from em_core.runs.runner import run
 from em_core.settings import JointSettings
-from em_core.start import initialise
-from em_core.weights import differences_applied, init_lora, lora_applied
 
 PLAIN = ConceptPrompt.parse("a photo of star and circle on grass")
 

@@ -7,28 +7,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from em_core.concept_set import ConceptSet, conclude
-from em_core.concepts import ConceptPrompt
-from em_core.diffusers_host import DiffusersHost
-from em_core.e_step import average_rounds, gather, outside
-from em_core.em import learn
 from em_core.errors import TrainingError, UserError
-from em_core.estimate import average_maps, map_side, mask_layers
 from em_core.examples import Example
-from em_core.joint import learn_joint
-from em_core.m_step import draw, draw_subset, forward_backward, m_step
-from em_core.presets import literal
-from em_core.problem import Problem, prepare
-from em_core.runner import run
-from em_core.settings import EMSettings, JointSettings
-from em_core.start import (
+from em_core.hosts.diffusers import DiffusersHost
+from em_core.method.e_step import average_rounds, gather, outside
+from em_core.method.joint import learn_joint
+from em_core.method.loop import learn
+from em_core.method.m_step import draw, draw_subset, forward_backward, m_step
+from em_core.method.maps import average_maps
+from em_core.method.problem import Problem, prepare
+from em_core.method.start import (
     attention_masks,
     blank_state,
     choose_random_starts,
     initialise,
     resume,
 )
-from em_core.state import RunState
+from em_core.method.state import RunState
+from em_core.model.layers import map_side, mask_layers
+from em_core.presets import literal
+from em_core.prompts import ConceptPrompt
+from em_core.runs.concept_set import ConceptSet, conclude
+from em_core.runs.runner import run
+from em_core.settings import EMSettings, JointSettings
 
 JOINT = JointSettings(steps=4, learning_rate=1e-3)
 
@@ -501,6 +502,6 @@ def test_random_starts_are_judged_by_few_pictures(
         seen.append(str(prepared.example.prompt))
         return attention_masks(problem, prepared, vectors, passes, g)
 
-    monkeypatch.setattr("em_core.start.attention_masks", note)
+    monkeypatch.setattr("em_core.method.start.attention_masks", note)
     choose_random_starts(problem, blank_state(problem))
     assert seen == [prompts[i] for i in (1, 2, 4)] * 2

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from em_core import losses
-from em_core.diffusion import NoiseSchedule
+from em_core.method import losses
+from em_core.model.schedules import NoiseSchedule
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

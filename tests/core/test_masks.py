@@ -4,18 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from em_core.masks import (
-    Guards,
-    binarise,
-    compete,
-    contrast,
-    iou,
-    min_max,
-    otsu,
-    resize_masks,
-    threshold_maps,
-    union,
-)
+from em_core.masks.guards import Guards
+from em_core.masks.measures import contrast, iou, union
+from em_core.masks.resizing import resize_masks
+from em_core.masks.thresholds import binarise, compete, min_max, otsu, threshold_maps
 
 
 def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from em_core.errors import UserError
 from em_core.examples import fitted_size
-from em_core.pictures import outline, overlay, read_mask, read_picture, save_mask, sheet, to_image
+from em_core.pictures import read_mask, read_picture, save_mask, to_image
+from em_core.show.drawing import outline, overlay, sheet
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from em_core.concept_set import ConceptSet
-from em_core.concepts import Concept
-from em_core.crf import CRFSettings
-from em_core.diffusion import ModelIdentity
 from em_core.errors import UserError
+from em_core.masks.crf import CRFSettings
+from em_core.masks.settings import MaskSettings
+from em_core.model.protocol import ModelIdentity
 from em_core.presets import em_settings, joint_settings, literal
-from em_core.settings import EMSettings, JointSettings, MaskSettings, from_json, to_json
+from em_core.prompts import Concept
+from em_core.runs.concept_set import ConceptSet
+from em_core.settings import EMSettings, JointSettings, from_json, to_json
 
 IDENTITY = ModelIdentity("sd1", "abc", {"clip_l": 4}, torch.arange(1.0, 9.0))
 

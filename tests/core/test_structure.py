@@ -36,7 +36,7 @@ def test_plain_ascii(file: Path) -> None:
 def test_the_loop_needs_no_extra() -> None:
     """The EM loop, its files and the CRF load without diffusers, transformers or matplotlib."""
     code = (
-        "import sys, em_core.runner, em_core.concept_set, em_core.joint, em_core.presets; "
+        "import sys, em_core.runs.runner, em_core.runs.concept_set, em_core.method.joint, em_core.presets; "
         "heavy = {'diffusers', 'transformers', 'matplotlib', 'pydensecrf'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )

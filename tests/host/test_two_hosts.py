@@ -11,16 +11,16 @@ from result import result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from em_core.concepts import ConceptPrompt
 from em_core.demo import model_path
 from em_core.demo.scenes import concept_scene
-from em_core.diffusers_host import DiffusersHost
 from em_core.examples import Example
+from em_core.hosts.diffusers import DiffusersHost
+from em_core.method.problem import prepare
+from em_core.method.start import initialise
 from em_core.presets import em_settings, joint_settings
-from em_core.problem import prepare
-from em_core.runner import run
+from em_core.prompts import ConceptPrompt
+from em_core.runs.runner import run
 from em_core.settings import to_json
-from em_core.start import initialise
 
 EM_STEPS, JOINT_STEPS = 12, 4
 

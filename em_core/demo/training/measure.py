@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from ...attention import AttentionRecorder, select_columns
-from ...diffusers_host import record_attention
+from ...hosts.diffusers import record_attention
+from ...model.columns import select_columns
+from ...model.recording import AttentionRecorder
 from ..captions import Caption, Look, bare_caption, full_caption
 from ..scenes import TrainingScene, training_generator, training_scene
 from .autoencoder import to_tensor

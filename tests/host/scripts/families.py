@@ -42,7 +42,7 @@ def run() -> None:
                              masks=settings.MaskSettings(init_timesteps=2, crf=None))  # fmt: skip
     joint = settings.JointSettings(kind=kind, steps=2, learning_rate=0.1 if kind == "lora" else 1e-3,
                                    prior_weight=float(kind == "full"), prior_pictures=1)  # fmt: skip
-    prompt = part("em_core.concepts").ConceptPrompt.parse(
+    prompt = part("em_core.prompts").ConceptPrompt.parse(
         "a photo of <rex:red dog> and <doll> on grass"
     )
     picture = torch.rand(3, 128, 96, generator=torch.Generator().manual_seed(0))
@@ -65,16 +65,16 @@ def check_learning(
     joint: Any,
 ) -> Any:
     """Gradients reach every encoder's vectors; the schedule is of the right kind."""
-    start_of, conclude = part("em_core.start").initialise, part("em_core.concept_set").conclude
+    start_of, conclude = part("em_core.method.start").initialise, part("em_core.runs.concept_set").conclude
     types = (torch.float32, torch.float32 if kind == "full" else None)
     with host_module.learning_host(model, text, autoencoder, *types) as host:
         assert host.schedule.prediction == ("v_prediction" if family == "sd2v" else "epsilon")
-        problem = part("em_core.problem").prepare(host, [example], em, joint)
+        problem = part("em_core.method.problem").prepare(host, [example], em, joint)
         state = start_of(problem)
         start = {
             (c, e): v.detach().clone() for c, of in state.vectors.items() for e, v in of.items()
         }
-        part("em_core.runner").run(problem, state)
+        part("em_core.runs.runner").run(problem, state)
         for (c, e), v in start.items():
             assert not torch.equal(state.vectors[c][e], v), f"{c} {e} did not learn"
             assert torch.isfinite(state.vectors[c][e]).all()
@@ -162,7 +162,7 @@ def compare_outputs(
 
 def applied(host: Any, concepts: Any) -> Any:
     """Context in which the host's own copy acts with the learned weights."""
-    weights = part("em_core.weights")
+    weights = part("em_core.model.adapters")
     if kind == "lora":
         return weights.lora_applied(host.adaptable_layers(), concepts.weights, concepts.lora_scale)
     return weights.differences_applied(host.weights(kind), concepts.weights)
@@ -178,9 +178,9 @@ def check_checkpointing(
             host_module.learning_host(model, text, autoencoder, torch.float32) as host,
             part("nodes.host.checkpointing").checkpointing(host.unet, on),
         ):
-            problem = part("em_core.problem").prepare(host, [example], em)
-            state = part("em_core.start").initialise(problem)
-            part("em_core.runner").run(problem, state)
+            problem = part("em_core.method.problem").prepare(host, [example], em)
+            state = part("em_core.method.start").initialise(problem)
+            part("em_core.runs.runner").run(problem, state)
             found.append(torch.tensor([v for _, v in state.curves["loss/total"]]))
     torch.testing.assert_close(found[0], found[1])
 

@@ -10,9 +10,9 @@ sys.modules["matplotlib"] = None  # type: ignore[assignment]
 
 import torch  # noqa: E402
 
-identity = part("em_core.diffusion").ModelIdentity("sd1", "x", {"clip_l": 4}, torch.zeros(1))
-concepts = part("em_core.concept_set").ConceptSet(
-    (part("em_core.concepts").Concept("rex"),),
+identity = part("em_core.model.protocol").ModelIdentity("sd1", "x", {"clip_l": 4}, torch.zeros(1))
+concepts = part("em_core.runs.concept_set").ConceptSet(
+    (part("em_core.prompts").Concept("rex"),),
     {"rex": {"clip_l": torch.zeros(1, 4)}},
     identity,
     curves={"loss/total": [(1, 0.5), (2, 0.4)]},

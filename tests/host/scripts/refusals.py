@@ -62,10 +62,10 @@ def scaled_fp8() -> Any:
 
 def learned_on_sdxl() -> Any:
     widths = {"clip_l": 32, "clip_g": 64}
-    identity = part("em_core.diffusion").ModelIdentity("sdxl", "", widths, torch.zeros(1))
+    identity = part("em_core.model.protocol").ModelIdentity("sdxl", "", widths, torch.zeros(1))
     vectors = {"rex": {name: torch.zeros(1, width) for name, width in widths.items()}}
-    concept = part("em_core.concepts").Concept("rex", "dog")
-    return part("em_core.concept_set").ConceptSet((concept,), vectors, identity)
+    concept = part("em_core.prompts").Concept("rex", "dog")
+    return part("em_core.runs.concept_set").ConceptSet((concept,), vectors, identity)
 
 
 with torch.inference_mode():

@@ -23,14 +23,14 @@ def run() -> dict[str, torch.Tensor]:
     settings = part("em_core.settings")
     em = settings.from_json(settings.EMSettings, plain["em"])
     joint = settings.from_json(settings.JointSettings, plain["joint"])
-    prompt = part("em_core.concepts").ConceptPrompt.parse(plain["prompt"])
+    prompt = part("em_core.prompts").ConceptPrompt.parse(plain["prompt"])
     example = part("em_core.examples").Example(picture, prompt)
     model_, clip, vae = part("nodes.host.demo_model").load_demo_model(model)
     with part("nodes.host.comfy_host").learning_host(model_, clip, vae, torch.float32) as host:
-        problem = part("em_core.problem").prepare(host, [example], em, joint)
-        state = part("em_core.start").initialise(problem)
+        problem = part("em_core.method.problem").prepare(host, [example], em, joint)
+        state = part("em_core.method.start").initialise(problem)
         result = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
-        part("em_core.runner").run(problem, state)
+        part("em_core.runs.runner").run(problem, state)
         return result | compare.result(state)
 
 

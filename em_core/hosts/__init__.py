@@ -1,0 +1,1 @@
+"""The protocol over the libraries that run the models."""

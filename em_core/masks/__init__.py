@@ -1,0 +1,1 @@
+"""From attention maps to masks: thresholds, competition, guards, resizing, the DenseCRF."""

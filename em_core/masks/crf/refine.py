@@ -1,0 +1,179 @@
+"""Masks of a picture, refined by its DenseCRF."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from ...errors import UserError
+from . import pydensecrf_backend
+from .mean_field import DenseCRF
+from .memory import require_memory
+from .settings import CRFSettings
+
+CUTLER = CRFSettings()
+
+
+class MaskRefiner:
+    """Refines masks of one picture; its lattice is built at first use and kept.
+
+    Calls are independent: the same refiner serves every E-step, and any number of masks.
+    """
+
+    def __init__(self, image: Shaped[Tensor, "..."], settings: CRFSettings = CUTLER):
+        """
+        Args:
+            image: RGB of shape (3, h, w), float in 0..1 or uint8 in 0..255; colours are rounded to 8 bits.
+            settings: kernels, unary and solver.
+
+        Raises:
+            UserError: not an RGB image, NaN in it, values out of range, or too large for memory.
+        """
+        self.settings = settings
+        self.device = image.device
+        # Other accelerators lack some of the operations; a CPU has them all.
+        image = colours(image if image.device.type in ("cpu", "cuda") else image.cpu())
+        self.size = (int(image.shape[-2]), int(image.shape[-1]))
+        self.image = shrink(image, settings.working_size)
+        require_memory(self.image.shape[-2] * self.image.shape[-1], self.image.device)
+
+    @cached_property
+    def crf(self) -> DenseCRF:
+        """The picture's kernels, at the working size."""
+        return DenseCRF.of_image(self.image, self.settings)
+
+    def __call__(self, masks: Shaped[Tensor, "..."]) -> Float[Tensor, "k h w"]:
+        """Foreground marginals of k masks, 0..1, at the picture's size.
+
+        Args:
+            masks: k of them, shape (k, hm, wm), 0..1 or bool, of any size: they are resized to the picture.
+
+        Raises:
+            UserError: no mask, NaN, values outside 0..1; or the backend is not installed.
+        """
+        resized = resize(check_masks(masks).to(self.image), *self.image.shape[-2:])
+        solve = self.solve_joint if self.settings.joint else self.solve_alone
+        with torch.no_grad(), torch.autocast(self.image.device.type, enabled=False):
+            return resize(solve(resized), *self.size).to(self.device)
+
+    def solve_joint(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
+        """One CRF with a label for each mask and a last one for the background."""
+        return self.infer(joint_unary(masks, self.settings.unary_strength))[:-1]
+
+    def solve_alone(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
+        """One binary CRF for each mask."""
+        strength = self.settings.unary_strength
+        if self.settings.backend == "pydensecrf":
+            alone = [self.infer(joint_unary(mask[None], strength))[:1] for mask in masks]
+            return torch.cat(alone)
+        logits = rearrange(strength * (2 * masks - 1), "k h w -> k (h w)")
+        Q = self.crf.infer_alone(logits, self.settings.iterations)
+        return rearrange(Q, "k (h w) -> k h w", h=masks.shape[-2])
+
+    def infer(self, unary: Float[Tensor, "labels h w"]) -> Float[Tensor, "labels h w"]:
+        """Marginals of any unary energies at the working size."""
+        if self.settings.backend == "pydensecrf":
+            return pydensecrf_backend.infer(unary, self.image, self.settings)
+        Q = self.crf.infer(rearrange(unary, "l h w -> l (h w)"), self.settings.iterations)
+        return rearrange(Q, "l (h w) -> l h w", h=unary.shape[-2])
+
+
+def refine_batch(
+    images: Shaped[Tensor, "b 3 h w"],
+    masks: Shaped[Tensor, "stacks k hm wm"],
+    settings: CRFSettings = CUTLER,
+) -> Float[Tensor, "b k h w"]:
+    """Foreground marginals of k masks of each of b pictures, one stack a picture.
+
+    Raises:
+        UserError: as many images as stacks of masks were expected; and see :class:`MaskRefiner`.
+    """
+    if len(images) != len(masks) or not len(images):
+        raise UserError(
+            f"Bad batch. Expected masks for each image, got {len(images)} images and {len(masks)} stacks of masks."
+        )
+    pairs = zip(images, masks, strict=True)
+    return torch.stack([MaskRefiner(image, settings)(stack) for image, stack in pairs])
+
+
+def labels(marginals: Float[Tensor, "k h w"], joint: bool = True) -> Bool[Tensor, "k h w"]:
+    """The most probable label of each pixel as k masks.
+
+    Jointly, a pixel belongs to the mask that is more probable than every other and than the
+    background, which has what the masks leave; alone, to every mask over one half.
+    """
+    if not joint:
+        return marginals > 0.5
+    background = 1 - marginals.sum(dim=0, keepdim=True)
+    winner = torch.cat([background, marginals]).argmax(dim=0)
+    return winner == torch.arange(1, len(marginals) + 1, device=winner.device)[:, None, None]
+
+
+def joint_unary(masks: Float[Tensor, "k h w"], strength: float) -> Float[Tensor, "labels h w"]:
+    """-log softmax of the stack of masks and their background, 1 - their maximum, last.
+
+    With strength 1 and one binary mask this is CutLER's unary: probabilities 0.731 and 0.269.
+    """
+    background = 1 - masks.amax(dim=0, keepdim=True)
+    return -torch.log_softmax(strength * torch.cat([masks, background]), dim=0)
+
+
+def colours(image: Shaped[Tensor, "..."]) -> Float[Tensor, "3 h w"]:
+    """Whole numbers 0..255 as float32, from floats in 0..1 or uint8."""
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise UserError(
+            f"Bad image. Expected RGB of shape (3, height, width), got {tuple(image.shape)}."
+        )
+    if image.dtype == torch.uint8:
+        return image.float()
+    if not image.is_floating_point():
+        raise UserError(f"Bad image. Expected floats in 0..1 or uint8, got {image.dtype}.")
+    require_unit_range("image", image)
+    return (image.detach().float() * 255).round_()
+
+
+def check_masks(masks: Shaped[Tensor, "..."]) -> Shaped[Tensor, "k hm wm"]:
+    """The masks as floats, if they are masks."""
+    if masks.ndim != 3 or masks.numel() == 0:
+        raise UserError(
+            f"Bad masks. Expected at least one, of shape (masks, height, width), got {tuple(masks.shape)}."
+        )
+    masks = masks.detach().float()
+    require_unit_range("masks", masks)
+    return masks
+
+
+def require_unit_range(what: str, values: Tensor) -> None:
+    """Raise a UserError unless all values lie in 0..1."""
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    if low != low:
+        raise UserError(
+            f"Bad {what}. Expected values in 0..1, got values that are no numbers (NaN)."
+        )
+    if low < 0 or high > 1:
+        raise UserError(
+            f"Bad {what}. Expected values in 0..1, got {low:g} to {high:g}. Scale them first."
+        )
+
+
+def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, "3 h2 w2"]:
+    """The image with its longer side at most `longest`, colours rounded to whole numbers."""
+    height, width = image.shape[-2:]
+    if longest is None or max(height, width) <= longest:
+        return image
+    factor = longest / max(height, width)
+    return resize(image, max(1, round(height * factor)), max(1, round(width * factor))).round()
+
+
+def resize(
+    maps: Float[Tensor, "c h w"], height: int, width: int
+) -> Float[Tensor, "c height width"]:
+    """Area means where it shrinks, bilinear where it grows."""
+    if maps.shape[-2:] == (height, width):
+        return maps
+    if maps.shape[-2] >= height and maps.shape[-1] >= width:
+        return F.interpolate(maps[None], (height, width), mode="area")[0]
+    return F.interpolate(maps[None], (height, width), mode="bilinear", antialias=True)[0]

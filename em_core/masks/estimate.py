@@ -1,0 +1,57 @@
+"""Mean attention maps of one picture's concepts become masks (VCD, "Mask extraction")."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..pictures import Picture
+from .crf import MaskRefiner, labels
+from .measures import contrast
+from .resizing import resize_maps
+from .settings import MaskSettings
+from .thresholds import binarise, max_scaled, min_max
+
+Refine = Callable[[Float[Tensor, "k H W"]], Float[Tensor, "k H W"]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Masks of one picture.
+
+    Attributes:
+        thresholded: B, before refinement.
+        probability: marginals of the refinement (or B itself), 0..1.
+        masks: M, the refined labels.
+        contrast: how far each normalised map is higher inside its mask than outside, at most 1.
+    """
+
+    thresholded: Bool[Tensor, "k H W"]
+    probability: Float[Tensor, "k H W"]
+    masks: Bool[Tensor, "k H W"]
+    contrast: Float[Tensor, " k"]
+
+
+def masks_from_maps(
+    maps: Float[Tensor, "k h w"],
+    size: tuple[int, int],
+    settings: MaskSettings,
+    refine: Refine | None,
+) -> Estimate:
+    """Normalise, enlarge, threshold and refine mean attention maps (VCD, "Mask extraction")."""
+    scaled = resize_maps(maps[None], size)[0]
+    scaled = min_max(scaled) if settings.normalise == "min-max" else max_scaled(scaled)
+    thresholded = binarise(scaled, settings.threshold, settings.competition)
+    if refine is None:
+        return Estimate(
+            thresholded, thresholded.float(), thresholded, contrast(scaled, thresholded)
+        )
+    probability = refine(thresholded.float())
+    masks = labels(probability, settings.crf is None or settings.crf.joint)
+    return Estimate(thresholded, probability, masks, contrast(scaled, masks))
+
+
+def make_refiner(picture: Picture, settings: MaskSettings) -> Refine | None:
+    """The DenseCRF of one picture, or None where it is off."""
+    return None if settings.crf is None else MaskRefiner(picture, settings.crf)

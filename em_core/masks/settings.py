@@ -1,0 +1,51 @@
+"""How attention maps become masks: settings."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import require
+from .crf import CRFSettings
+from .guards import Guards
+from .thresholds import Threshold
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How attention maps become masks (VCD, "Mask extraction").
+
+    Attributes:
+        init_timesteps: UNet passes of the first estimate (VCD: 50).
+        timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
+            reads all; late steps see layout, not edges.
+        threshold: tau on the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
+        normalise: scale maps by "min-max" (method) or by their "max" only.
+        competition: give each pixel to one concept only.
+        all_layers: average over all layers (VCD) instead of those at or above the loss's resolution.
+        soft: train under the CRF's marginals instead of its labels.
+        crf: DenseCRF settings, or None for no refinement.
+        guards: when a new mask is not believed.
+        acceptance: share of the present mask's contrast (how far its map is higher inside than
+            outside) that a new mask must reach; 0 takes every mask that the guards believe (VCD).
+    """
+
+    init_timesteps: int = 50
+    timesteps: tuple[float, float] = (0.05, 0.4)
+    threshold: Threshold = 0.4
+    normalise: Literal["min-max", "max"] = "min-max"
+    competition: bool = True
+    all_layers: bool = False
+    soft: bool = True
+    crf: CRFSettings | None = field(default_factory=CRFSettings)
+    guards: Guards = field(default_factory=Guards)
+    acceptance: float = 1.0
+
+    def __post_init__(self) -> None:
+        passes, tau = self.init_timesteps, self.threshold
+        require("number of passes", passes, passes >= 1, "at least 1")
+        fits = len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1] <= 1
+        require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
+        fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
+        require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
+        scales = ("min-max", "max")
+        require("normalisation", self.normalise, self.normalise in scales, f"one of {scales}")
+        require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

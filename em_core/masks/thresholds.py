@@ -1,0 +1,58 @@
+"""From attention maps to masks: normalisation, thresholds, competition, guards, resizing."""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Threshold = float | Literal["otsu"]
+Masks = Float[Tensor, "k h w"]
+
+
+def min_max(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
+    """Scale each map to 0..1; a constant map becomes 0."""
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return (maps - low) / span.clamp(min=1e-8)
+
+
+def max_scaled(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
+    """Divide each map by its maximum."""
+    return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
+
+
+def otsu(maps: Float[Tensor, "k h w"], bins: int = 64) -> Float[Tensor, " k"]:
+    """Otsu's threshold of each map in 0..1: the split with the largest between-class variance.
+
+    Candidates are the inner edges of `bins` equal bins (ViCo uses ten).
+    """
+    edges = torch.linspace(0, 1, bins + 1, device=maps.device)[1:-1]
+    above = rearrange(maps, "k h w -> k 1 (h w)") > edges[:, None]
+    values = rearrange(maps, "k h w -> k 1 (h w)")
+    high = above.float().mean(dim=-1)
+    sum_high = (values * above).mean(dim=-1)
+    mean_high = sum_high / high.clamp(min=1e-8)
+    mean_low = (values.mean(dim=-1) - sum_high) / (1 - high).clamp(min=1e-8)
+    between = high * (1 - high) * (mean_high - mean_low).square()
+    return edges[between.argmax(dim=-1)]
+
+
+def threshold_maps(maps: Masks, threshold: Threshold) -> Bool[Tensor, "k h w"]:
+    """B = A > tau on maps in 0..1, tau fixed or Otsu's."""
+    if threshold == "otsu":
+        return maps > otsu(maps)[:, None, None]
+    return maps > threshold
+
+
+def compete(maps: Masks) -> Bool[Tensor, "k h w"]:
+    """Each pixel to the map that claims it most; ties go to the first."""
+    winner = maps.argmax(dim=0)
+    return winner == torch.arange(len(maps), device=maps.device)[:, None, None]
+
+
+def binarise(maps: Masks, threshold: Threshold, competition: bool = True) -> Bool[Tensor, "k h w"]:
+    """Masks of maps in 0..1; with competition a pixel above several thresholds has one owner."""
+    above = threshold_maps(maps, threshold)
+    return above & compete(maps.where(above, torch.zeros_like(maps))) if competition else above

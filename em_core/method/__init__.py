@@ -1,0 +1,1 @@
+"""The method itself, in the order of the paper: start, E-step, M-step, loop, joint phase, losses."""

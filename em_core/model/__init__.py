@@ -1,0 +1,1 @@
+"""What a diffusion model is to the method: the protocol, schedules, attention, layers, adapters."""

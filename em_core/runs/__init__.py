@@ -1,0 +1,1 @@
+"""Whole runs and what lasts of them: concept sets, keys, stores, the runner."""

@@ -1,0 +1,58 @@
+"""Pictures of masks: overlays and labelled sheets."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from ..pictures import to_image
+
+COLOURS = (
+    (230, 60, 60),
+    (60, 120, 240),
+    (250, 190, 40),
+    (60, 190, 90),
+    (180, 90, 220),
+    (40, 200, 210),
+)
+
+
+def overlay(
+    picture: Float[Tensor, "3 H W"], masks: Bool[Tensor, "k H W"], scale: int = 1
+) -> Image.Image:
+    """The picture dimmed, with each mask tinted in its own colour and outlined."""
+    shown = picture.detach().cpu() * 0.55
+    for i, mask in enumerate(masks.cpu()):
+        colour = torch.tensor(COLOURS[i % len(COLOURS)])[:, None] / 255
+        shown[:, mask] = 0.6 * picture.detach().cpu()[:, mask] + 0.4 * colour
+        shown[:, outline(mask)] = colour
+    image = to_image(shown)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
+    """Pixels of the mask that touch its outside."""
+    padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
+    inner = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)[0, 0] > 0.5
+    return mask & ~inner
+
+
+def sheet(
+    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 160
+) -> Image.Image:
+    """A labelled grid of images: one row per entry, titles over the columns."""
+    label = 7 * max((len(title) for title in rows), default=0) + 14
+    count = max(len(images) for images in rows.values())
+    canvas = Image.new("RGB", (label + count * (side + 4), 22 + len(rows) * (side + 4)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for j, title in enumerate(columns):
+        pen.text((label + j * (side + 4) + 2, 5), title, fill="black")
+    for i, (title, images) in enumerate(rows.items()):
+        top = 22 + i * (side + 4)
+        pen.text((6, top + side // 2 - 6), title, fill="black")
+        for j, image in enumerate(images):
+            fit = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.NEAREST)
+            canvas.paste(fit, (label + j * (side + 4), top))
+    return canvas

@@ -1,0 +1,39 @@
+"""What a run reports: metrics.json."""
+
+from typing import Any
+
+from ..method.problem import Problem
+from ..method.state import Curves, RunState
+
+
+def curves_of(curves: Curves, kind: str) -> dict[str, list[tuple[int, float]]]:
+    """The curves named `<kind>/<name>`, by name."""
+    prefix = kind + "/"
+    return {
+        name.removeprefix(prefix): points
+        for name, points in curves.items()
+        if name.startswith(prefix)
+    }
+
+
+def final_iou(curves: Curves) -> float | None:
+    """Mean over the concepts of their last IoU; None without true masks."""
+    last = [points[-1][1] for points in curves_of(curves, "iou").values()]
+    return sum(last) / len(last) if last else None
+
+
+def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]:
+    """The content of metrics.json; `iou` and `final_iou` are None without true masks."""
+    curves = state.curves
+    found = curves_of(curves, "loss")
+    joint = curves_of(curves, "joint_loss")
+    return {
+        "mode": problem.settings.mode,
+        "seed": problem.settings.seed,
+        "steps": problem.settings.steps,
+        "seconds": round(seconds, 3),
+        "iou": curves_of(curves, "iou") or None,
+        "final_iou": final_iou(curves),
+        "area": curves_of(curves, "area"),
+        "losses": found | {f"joint_{name}": points for name, points in joint.items()},
+    }
