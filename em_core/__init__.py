@@ -1,0 +1,61 @@
+"""Learn several visual concepts and their masks from one picture or a few.
+
+    from em_core import DiffusersHost, Example, learn_concepts
+
+    host = DiffusersHost.load("path/or/hub-id", device="cuda")
+    examples = [Example.read("photo.png", "a photo of <rex:dog> on <shore:beach>")]
+    concepts = learn_concepts(host, examples)
+    concepts.save("rex.safetensors")
+    pictures = host.generate("<rex> in the snow", concepts)
+
+`<name:words>` marks a concept and the words that its token starts from. What else is here:
+
+- `learning(host, examples)` is the same step by step: iterate over it for events, then ask it for
+  `concepts()`.
+- `find_masks(host, picture, prompt, concepts)` finds masks of words or learned concepts without
+  learning anything; `refine_masks(picture, masks)` lets masks follow the picture's edges.
+- `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
+  (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
+  source of every value.
+- `RunStore(folder)` keeps finished runs and the states of stopped ones.
+- Errors meant for the user are `UserError`; `TrainingError` means that a loss was not finite.
+
+A model of another kind takes part by fulfilling the protocol `em_core.model.protocol.DiffusionModel`.
+"""
+
+from .errors import TrainingError, UserError
+from .examples import Example
+from .hosts.diffusers import DiffusersHost
+from .masks.crf import CRFSettings
+from .masks.settings import MaskSettings
+from .method.loop import StepEvent
+from .presets import em_settings, joint_settings
+from .prompts import ConceptPrompt
+from .runs.concept_set import ConceptSet
+from .runs.finding import FoundMasks, find_masks, refine_masks
+from .runs.learning import Learning, learn_concepts, learning
+from .runs.store import RunStore
+from .settings import EMSettings, JointSettings
+
+__all__ = [
+    "CRFSettings",
+    "ConceptPrompt",
+    "ConceptSet",
+    "DiffusersHost",
+    "EMSettings",
+    "Example",
+    "FoundMasks",
+    "JointSettings",
+    "Learning",
+    "MaskSettings",
+    "RunStore",
+    "StepEvent",
+    "TrainingError",
+    "UserError",
+    "em_settings",
+    "find_masks",
+    "joint_settings",
+    "learn_concepts",
+    "learning",
+    "refine_masks",
+]

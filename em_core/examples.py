@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from .errors import UserError
-from .pictures import Picture
+from .pictures import Picture, read_picture
 from .prompts import ConceptPrompt
 
 NamedMasks = Mapping[str, Bool[Tensor, "_ _"]]
@@ -30,6 +31,15 @@ class Example:
     prompt: ConceptPrompt
     masks: NamedMasks = field(default_factory=dict)
     truth: NamedMasks = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, picture: Path | str, prompt: str) -> "Example":
+        """The example of a picture file (PNG, JPEG, WebP) and a prompt that marks its concepts.
+
+        Raises:
+            UserError: the file is no picture, or no concept is marked as in `<rex:dog>`.
+        """
+        return cls(read_picture(Path(picture)), ConceptPrompt.parse(prompt))
 
     def __post_init__(self) -> None:
         self.prompt.require_concepts()

@@ -49,6 +49,5 @@ def literal(settings: EMSettings) -> EMSettings:
         e_step_every=1,
         refresh=1,
         free_statistics=False,
-        averaging="latest",
         masks=masks,
     )

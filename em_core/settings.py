@@ -40,11 +40,6 @@ class EMSettings:
         e_step_every: M-steps between E-steps (VCD: 1).
         refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
         free_statistics: count the maps of the M-steps' own passes too; False reads the refresh's alone.
-        averaging: "latest": maps of this round alone (VCD), so that what worse tokens saw is forgotten;
-            "all": mean of all rounds' maps, the start's included (stochastic approximation with step
-            sizes 1/k).
-        patience: stop once this many E-steps in a row changed every mask by under `settled`; 0 never.
-        settled: largest 1 - IoU with the previous mask that counts as no change.
         image_side: side of the square whose area pictures are resized to; None: the model's own.
     """
 
@@ -65,9 +60,6 @@ class EMSettings:
     e_step_every: int = 20
     refresh: int = 8
     free_statistics: bool = True
-    averaging: Literal["all", "latest"] = "latest"
-    patience: int = 0
-    settled: float = 0.01
     image_side: int | None = None
     masks: MaskSettings = field(default_factory=MaskSettings)
 
@@ -78,10 +70,8 @@ class EMSettings:
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
         require("random_starts", self.random_starts, self.random_starts >= 1, "at least 1")
         require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
-        kinds = ("all", "latest")
-        require("averaging", self.averaging, self.averaging in kinds, f"one of {kinds}")
         require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
-        for name in ("refresh", "attention_weight", "end_of_text_weight", "patience", "settled"):
+        for name in ("refresh", "attention_weight", "end_of_text_weight"):
             value = getattr(self, name)
             require(name, value, value >= 0, "at least 0")
         require("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "more than 0")
@@ -92,6 +82,11 @@ class EMSettings:
     def masks_loss(self) -> bool:
         """Whether the diffusion loss is Eq. 3; else it is Eq. 1."""
         return self.masked_loss and self.mode != "none"
+
+    @property
+    def has_attention_terms(self) -> bool:
+        """Whether the loss looks at attention maps."""
+        return self.attention_weight + self.end_of_text_weight > 0
 
     @property
     def draws_subsets(self) -> bool:

@@ -22,20 +22,24 @@ def embedding_tensors(concepts: ConceptSet, name: str) -> dict[str, Tensor]:
 
 
 def lora_tensors(concepts: ConceptSet) -> dict[str, Tensor]:
-    """The learned weights under the names that LoRA loaders know (kohya's); empty where there are none."""
+    """The learned weights as LoRA loaders take them; empty where there are none."""
+    return loadable(concepts.weights, concepts.lora_scale, "clip_g" in concepts.identity.encoders)
+
+
+def loadable(weights: Mapping[str, Tensor], lora_scale: float, sdxl: bool) -> dict[str, Tensor]:
+    """Learned weights under the names that LoRA loaders know (kohya's)."""
     tensors: dict[str, Tensor] = {}
-    sdxl = "clip_g" in concepts.identity.encoders
-    blocks = 2 if any(".input_blocks.2." in name for name in concepts.weights) else 1
-    for name, x in concepts.weights.items():
+    blocks = 2 if any(".input_blocks.2." in name for name in weights) else 1
+    for name, x in weights.items():
         x = x.detach().clone().contiguous()
         if name.endswith(DIFF):
             tensors[difference_name(name.removesuffix(DIFF))] = x
             continue
         end = DOWN if name.endswith(DOWN) else UP
         path = kohya_name(name.removesuffix(end), sdxl, blocks)
-        shape = concepts.weights[name.removesuffix(end) + DOWN].shape
+        rank = weights[name.removesuffix(end) + DOWN].shape[0]
         tensors[f"{path}{end}.weight"] = x
-        tensors[f"{path}.alpha"] = torch.tensor(concepts.lora_scale * shape[0])
+        tensors[f"{path}.alpha"] = torch.tensor(lora_scale * rank)
     return tensors
 
 

@@ -12,16 +12,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ..em_core.errors import UserError
-from ..em_core.examples import Example
 from ..em_core.masks.settings import MaskSettings
-from ..em_core.method.problem import prepare
-from ..em_core.method.start import attention_masks, known_vectors
 from ..em_core.pictures import Picture
 from ..em_core.presets import em_settings
 from ..em_core.prompts import ConceptPrompt
 from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.runs.finding import find_masks
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
+from .host.families import identify
 from .learn import AUTO
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
@@ -99,19 +98,16 @@ class ExtractLatentMasks(io.ComfyNode):
             raise UserError(f"The prompt is empty. Mark what is to be found, as in: {EXAMPLE}")
         parsed = ConceptPrompt.parse(prompt).require_concepts()
         pictures = pictures_of(image)
-        host = ComfyHost(model, clip, vae)
+        if concepts is not None:
+            require_same_family(concepts, clip)
+        host = ComfyHost(identify(model, clip, vae))
+        settings = mask_settings(em_settings(host.models.family).masks, passes, threshold, crf)
         try:
-            if concepts is not None:
-                require_same_family(concepts, clip)
-            vectors = known_vectors(host, parsed, concepts.vectors if concepts else {})
-            found = [
-                masks_in(host, Example(p, parsed), vectors, passes, threshold, crf, seed)
-                for p in pictures
-            ]
+            found = [find_masks(host, p, parsed, concepts, settings, seed) for p in pictures]
         finally:
             host.release()
-        heat = torch.cat([heat_maps(p, A) for p, (A, _) in zip(pictures, found, strict=True)])
-        return io.NodeOutput(to_mask([masks for _, masks in found]), heat)
+        heat = torch.cat([heat_maps(p, f.maps) for p, f in zip(pictures, found, strict=True)])
+        return io.NodeOutput(to_mask([f.masks for f in found]), heat)
 
 
 def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: str) -> MaskSettings:
@@ -122,26 +118,6 @@ def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: st
     if crf == AUTO:
         return settings
     return replace(settings, crf=None if crf == "off" else PRESETS[crf])
-
-
-def masks_in(
-    host: ComfyHost,
-    example: Example,
-    vectors: dict,
-    passes: int,
-    threshold: float,
-    crf: str,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Attention maps [k, h, w] in 0..1 and masks [k, H, W] at the picture's size."""
-    settings = em_settings(host.family.name)
-    settings = replace(settings, masks=mask_settings(settings.masks, passes, threshold, crf))
-    problem = prepare(host, [example], settings)
-    generator = torch.Generator().manual_seed(seed)
-    maps, estimate = attention_masks(problem, problem.pictures[0], vectors, passes, generator)
-    size = (example.picture.shape[-2], example.picture.shape[-1])
-    masks = F.interpolate(estimate.masks[None].float(), size=size, mode="bilinear")[0] > 0.5
-    return maps.cpu(), masks.cpu()
 
 
 def heat_maps(picture: Picture, maps: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..em_core.masks.crf import PRESETS
 from ..em_core.presets import em_settings, joint_settings
 from ..em_core.settings import EMSettings, JointSettings
 from .host.families import identify
-from .learning.flow import Request, learn_concepts
+from .learning.flow import Request, fulfil
 from .learning.plans import CHOICES
 from .results import curves_image, loss_map, mask_stack
 from .schema import ADVANCED, CATEGORY, Concepts, Examples, LoraModel, LossMap, schema
@@ -76,11 +76,9 @@ class LearnConcepts(io.ComfyNode):
     ) -> io.NodeOutput:
         if not examples:
             raise UserError("No example to learn from. Connect a Concept Example.")
-        em, joint_phase = settings_of(
-            identify(model, clip).name, mode, steps, seed, joint, advanced
-        )
-        request = Request(model, clip, vae, tuple(examples), em, joint_phase, memory)
-        concepts = learn_concepts(request)
+        models = identify(model, clip, vae)
+        em, joint_phase = settings_of(models.family, mode, steps, seed, joint, advanced)
+        concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
         from .exports import lora_tensors
 
         return io.NodeOutput(

@@ -107,8 +107,8 @@ def learn(
     settings = replace(em_settings(family), mode=mode, seed=seed)
     joint = joint_settings(family, "lora" if mode == "em" else "none")
     problem = prepare(host, [example], settings, joint)
-    state, progress = initialise(problem), Progress()
-    run(problem, state, [progress, *listeners])
+    progress = Progress()
+    state = run(problem, initialise(problem), [progress, *listeners])
     progress.close()
     return problem, time.monotonic() - started, state
 
@@ -139,10 +139,9 @@ def generated(host: DiffusersHost, concepts: ConceptSet, scene: ConceptScene) ->
     }
     learned_from = Image.fromarray(scene.image)
     rows = {}
-    with host.adapted(concepts.weights, concepts.lora_scale):
-        for title, text in prompts.items():
-            pictures = host.generate(ConceptPrompt.parse(text), concepts.vectors, range(5))
-            rows[title] = [learned_from, *map(to_image, pictures)]
+    for title, text in prompts.items():
+        pictures = host.generate(text, concepts, range(5))
+        rows[title] = [learned_from, *map(to_image, pictures)]
     return sheet(rows, ["learned from", *(f"seed {seed}" for seed in range(5))], side=128)
 
 

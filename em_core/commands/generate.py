@@ -58,10 +58,9 @@ def run_command(args: argparse.Namespace) -> int:
     require_folder(args.out)
     seeds = range(args.seed, args.seed + args.count)
     pages: list[Sequence[Image.Image]] = []
-    with host.adapted(concepts.weights, concepts.lora_scale):
-        for prompt in prompts:
-            pictures = host.generate(prompt, concepts.vectors, seeds, args.steps, args.guidance)
-            pages.append([to_image(picture) for picture in pictures])
+    for prompt in prompts:
+        pictures = host.generate(prompt, concepts, seeds, args.steps, args.guidance)
+        pages.append([to_image(picture) for picture in pictures])
     for number, images in enumerate(pages, start=1):
         for seed, image in zip(seeds, images, strict=True):
             save_image(args.out / f"prompt_{number}_seed_{seed}.png", image)

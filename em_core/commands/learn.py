@@ -9,12 +9,14 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import write_json
 from ..method.problem import Problem, prepare
-from ..method.start import initialise, resume
+from ..method.start import initialise
 from ..method.state import RunState
 from ..pictures import save_mask
 from ..presets import em_settings, joint_settings, literal
 from ..runs.concept_set import conclude
-from ..runs.runner import run, stop_on_signal
+from ..runs.key import model_digest, run_key
+from ..runs.runner import finished, run, stop_on_signal
+from ..runs.state_file import StateFile
 from ..settings import EMSettings, JointSettings
 from ..show.metrics import metrics
 from ..show.plots import load_matplotlib, plot_curves
@@ -135,21 +137,24 @@ def run_command(args: argparse.Namespace) -> int:
         )
     examples = read_examples(args.image, args.prompt, args.masks, args.truth)
     host = load_host(args.model, args.device)
-    problem = prepare(host, examples, *settings_of(args, host.identity().family))
+    identity = host.identity()
+    em, joint = settings_of(args, identity.family)
+    file = StateFile(state_file, run_key(model_digest(identity), examples, em, joint))
+    problem = prepare(host, examples, em, joint)
     started = time.monotonic()
     progress = Progress(args.quiet)
     with stop_on_signal() as stop:
-        state = resume(problem, state_file) if args.resume else initialise(problem)
-        state.to_file(state_file)
-        done = run(problem, state, [progress], state_file, stop)
+        state = file.load(host.device) if args.resume else initialise(problem)
+        file.save(state)
+        state = run(problem, state, [progress], file, stop)
     progress.close()
-    if not done:
+    if not finished(problem, state):
         sys.stderr.write(
             f"Stopped at step {state.step}. Go on with the same command and --resume.\n"
         )
         return 130
     write_results(problem, state, args.out, time.monotonic() - started)
-    state_file.unlink(missing_ok=True)
+    file.remove()
     return 0
 
 

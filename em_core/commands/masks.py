@@ -1,22 +1,18 @@
 """`python -m em_core masks`: masks of words or learned concepts in a picture."""
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
-from ..examples import Example
 from ..hosts.diffusers import DiffusersHost
+from ..masks.settings import MaskSettings
 from ..masks.thresholds import Threshold
-from ..method.problem import prepare
-from ..method.start import attention_masks, known_vectors
 from ..pictures import read_picture, save_image, save_mask, to_image
 from ..presets import em_settings
 from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
+from ..runs.finding import find_masks
 from ..show.drawing import overlay
 from .common import add_model, load_host, positive, require_folder
 
@@ -66,35 +62,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Write masks, heat maps and an overlay."""
-    example = Example(read_picture(args.image), ConceptPrompt.parse(args.prompt).require_concepts())
+    picture, prompt = read_picture(args.image), ConceptPrompt.parse(args.prompt).require_concepts()
     host = load_host(args.model, args.device)
-    learned = learned_concepts(args, host)
-    vectors = known_vectors(host, example.prompt, learned.vectors if learned else {})
+    concepts = learned_concepts(args, host)
     require_folder(args.out)
-    settings = em_settings(host.identity().family)
-    masks = replace(settings.masks, init_timesteps=args.passes)
-    masks = replace(masks, crf=None) if args.no_crf else masks
-    masks = (
-        masks
-        if args.threshold is None
-        else replace(masks, threshold=read_threshold(args.threshold))
-    )
-    problem = prepare(host, [example], replace(settings, masks=masks))
-    generator = torch.Generator().manual_seed(args.seed)
-    weights = host.adapted(learned.weights, learned.lora_scale) if learned else nullcontext()
-    with weights:
-        maps, estimate = attention_masks(
-            problem, problem.pictures[0], vectors, args.passes, generator
-        )
-    height, width = example.picture.shape[-2:]
-    labels = torch.nn.functional.interpolate(
-        estimate.masks[None].float(), size=(height, width), mode="bilinear"
-    )[0]
-    for name, A, mask in zip(example.prompt.names, maps, estimate.masks, strict=True):
-        save_mask(args.out / f"mask_{name}.png", mask, (height, width))
-        save_image(args.out / f"heat_{name}.png", to_image(A[None]).resize((width, height)))
-    save_image(args.out / "overlay.png", overlay(example.picture, labels > 0.5))
+    settings = mask_settings(args, em_settings(host.identity().family).masks)
+    found = find_masks(host, picture, prompt, concepts, settings, args.seed)
+    height, width = picture.shape[-2:]
+    for name, heat, mask in zip(found.names, found.maps, found.masks, strict=True):
+        save_mask(args.out / f"mask_{name}.png", mask)
+        save_image(args.out / f"heat_{name}.png", to_image(heat[None]).resize((width, height)))
+    save_image(args.out / "overlay.png", overlay(picture, found.masks))
     return 0
+
+
+def mask_settings(args: argparse.Namespace, settings: MaskSettings) -> MaskSettings:
+    """The family's settings, changed as asked."""
+    settings = replace(settings, init_timesteps=args.passes)
+    if args.no_crf:
+        settings = replace(settings, crf=None)
+    if args.threshold is None:
+        return settings
+    return replace(settings, threshold=read_threshold(args.threshold))
 
 
 def learned_concepts(args: argparse.Namespace, host: DiffusersHost) -> ConceptSet | None:

@@ -4,13 +4,12 @@ Works with any Stable Diffusion 1.x / 2.x pipeline folder, and with a single .sa
 where diffusers can read it without a network.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,15 +17,30 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model.adapters import DIFF, DOWN, differences_applied, lora_applied
-from ..model.layers import CrossAttentionLayer
-from ..model.protocol import Conditioning, ModelIdentity
+from ..masks.resizing import Size
+from ..model.adapters import (
+    DIFF,
+    DOWN,
+    TrainableParts,
+    differences_applied,
+    lora_applied,
+    trainable_lora,
+    trainable_weights,
+)
+from ..model.identity import ModelIdentity
+from ..model.layers import AttentionLayer, halved
+from ..model.protocol import Conditioning, TextStream
 from ..model.recording import AttentionRecorder, listening
-from ..model.schedules import NoiseSchedule
+from ..model.schedules import NoiseSchedule, VariancePreserving
 from ..model.vectors import random_vectors, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors, require_known
+from ..runs.concept_set import ConceptSet
+from ..settings import WeightKind
 
 SD2_WIDTH = 1024
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
+KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
 
 
 def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
@@ -42,21 +56,24 @@ def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[A
         yield recorder
 
 
-def describe_layers(unet: Any) -> tuple[CrossAttentionLayer, ...]:
-    """The cross-attention layers of a diffusers UNet with their scale and stage."""
+def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
+    """The cross-attention layers of a diffusers UNet, from the first down block to the last up block."""
     levels = len(unet.config.block_out_channels)
-    layers = []
+    layers: dict[str, list[AttentionLayer]] = {"down": [], "mid": [], "up": []}
     for name in cross_attention_modules(unet):
         stage, _, rest = name.partition("_block")
         index = int(rest.split(".")[1]) if stage != "mid" else levels - 1
         level = levels - 1 - index if stage == "up" else index
-        layers.append(CrossAttentionLayer(name, 2**level, stage))
-    order = {"down": 0, "mid": 1, "up": 2}
-    return tuple(sorted(layers, key=lambda layer: order[layer.stage]))
+        layer = AttentionLayer(name, halved(latent_size, level), localises=stage != "mid")
+        layers[stage].append(layer)
+    return (*layers["down"], *layers["mid"], *layers["up"])
 
 
-def load_pipeline(path: Path) -> Any:
-    """A Stable Diffusion pipeline from a folder or one .safetensors file, never from the network.
+def load_pipeline(source: Path | str) -> Any:
+    """A Stable Diffusion pipeline from a folder, one .safetensors file, or a name on the model hub.
+
+    Only safetensors weights are read; nothing is unpickled. A folder or file is read without a
+    network; a name is downloaded by diffusers unless it is in its cache.
 
     Raises:
         UserError: diffusers is not installed, or there is no model that it can read.
@@ -67,22 +84,27 @@ def load_pipeline(path: Path) -> Any:
         raise UserError(
             "This needs diffusers. Install it: pip install diffusers transformers"
         ) from error
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    path, checker = Path(source), {"safety_checker": None, "requires_safety_checker": False}
     try:
         if path.is_dir():
             return StableDiffusionPipeline.from_pretrained(
-                path, safety_checker=None, requires_safety_checker=False, **options
+                path, local_files_only=True, use_safetensors=True, **checker
             )
         if path.suffix == ".safetensors" and path.is_file():
-            return StableDiffusionPipeline.from_single_file(str(path), **options)
+            return StableDiffusionPipeline.from_single_file(str(path), local_files_only=True)
+        if HUB_NAME.fullmatch(str(source)) and not path.exists():
+            return StableDiffusionPipeline.from_pretrained(
+                str(source), use_safetensors=True, **checker
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"Could not load a Stable Diffusion 1.x or 2.x model from {path}: {error}. "
-            "Expected a diffusers pipeline folder with safetensors weights, or one .safetensors checkpoint."
+            f"Could not load a Stable Diffusion 1.x or 2.x model from {source}: {error}. "
+            "Expected a diffusers pipeline folder with safetensors weights, one .safetensors "
+            "checkpoint, or the name of such a model on the hub (owner/name)."
         ) from error
     raise UserError(
-        f"No model at {path}. Expected a diffusers pipeline folder (with model_index.json) "
-        "or one .safetensors checkpoint."
+        f"No model at {source}. Expected a diffusers pipeline folder (with model_index.json), "
+        "one .safetensors checkpoint, or the name of a model on the hub (owner/name)."
     )
 
 
@@ -128,24 +150,35 @@ class DiffusersHost:
         self.encoder = "clip_h" if width == SD2_WIDTH else "clip_l"
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
-        self.schedule = NoiseSchedule(
+        self.schedule: NoiseSchedule = VariancePreserving(
             pipeline.scheduler.alphas_cumprod.float(), config.prediction_type
         )
-        self.layers = describe_layers(self.unet)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_side = self.unet.config.sample_size * factor
         self.image_multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @classmethod
     def load(
-        cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        source: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> "DiffusersHost":
-        """Load a model; a `words.json` beside it lists the only words that it knows."""
-        words = path / "words.json"
+        """Load a pipeline folder, a .safetensors checkpoint, or a model of the hub by its name.
+
+        A `words.json` in the folder lists the only words that the model knows.
+
+        Raises:
+            UserError: diffusers is not installed, or there is no such model.
+        """
+        words = Path(source) / "words.json"
         known = (
             frozenset(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
         )
-        return cls(load_pipeline(path), device, known, dtype)
+        return cls(load_pipeline(source), device, known, dtype)
+
+    def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        return attention_layers(self.unet, latent_size)
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
@@ -165,7 +198,8 @@ class DiffusersHost:
         columns = tuple(columns for _, columns, _ in rows)
         with self.concepts_in_place(columns, vectors):
             y = self.text_encoder(ids.to(self.device))[0]
-        return Conditioning(y=y, columns=columns, end=tuple(end for _, _, end in rows))
+        text = TextStream(y.shape[1], columns, tuple(end for _, _, end in rows))
+        return Conditioning({"y": y}, {"text": text})
 
     def token_row(
         self, prompt: ConceptPrompt, vectors: ConceptVectors
@@ -222,11 +256,11 @@ class DiffusersHost:
         finally:
             handle.remove()
 
-    def predict_noise(
-        self, Z_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
+    def predict(
+        self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         dtype = self.unet.dtype
-        return self.unet(Z_t.to(dtype), t, conditioning.y.to(dtype)).sample.float()
+        return self.unet(Z_t.to(dtype), t, conditioning.inputs["y"].to(dtype)).sample.float()
 
     @contextmanager
     def record_attention(self, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
@@ -243,40 +277,52 @@ class DiffusersHost:
             return {self.encoder: random_vectors(table, count or 1, generator)}
         return {self.encoder: spread_pieces(table[ids], count or len(ids))}
 
-    def adaptable_layers(self) -> dict[str, nn.Linear]:
-        found = {}
-        for root, module in (("unet", self.unet), ("text_encoder", self.text_encoder)):
-            for name, layer in module.named_modules():
-                if isinstance(layer, nn.Linear) and re.search(
-                    r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$", name
-                ):
-                    found[f"{root}.{name}"] = layer
-        return found
+    def modules(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The parts that are learned, by the names that stand before their layers'."""
+        return ("unet", self.unet), ("text_encoder", self.text_encoder)
 
-    def weights(self, kind: Literal["cross_attention", "full"]) -> dict[str, nn.Parameter]:
-        if kind == "cross_attention":
-            wanted = re.compile(r"attn2\.to_[kv]\.weight$")
-            return {f"unet.{n}": p for n, p in self.unet.named_parameters() if wanted.search(n)}
+    def adaptable_layers(self) -> dict[str, nn.Linear]:
+        """Path -> linear layers that a LoRA acts on: the attention of UNet and text encoder."""
+        return {
+            f"{root}.{name}": layer
+            for root, module in self.modules()
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and ADAPTABLE.search(name)
+        }
+
+    def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
+        """Path -> the keys and values of cross-attention, or all weights but the token table."""
         table = self.text_encoder.get_input_embeddings().weight
-        both = (("unet", self.unet), ("text_encoder", self.text_encoder))
-        named = [(f"{root}.{n}", p) for root, module in both for n, p in module.named_parameters()]
-        return {name: p for name, p in named if p is not table}
+        named = {
+            f"{root}.{name}": p
+            for root, module in self.modules()
+            for name, p in module.named_parameters()
+            if p is not table
+        }
+        if kind == "cross_attention":
+            return {name: p for name, p in named.items() if KEYS_AND_VALUES.search(name)}
+        return named
+
+    def trainable(
+        self,
+        kind: WeightKind,
+        values: Mapping[str, Tensor],
+        generator: torch.Generator,
+        rank: int = 4,
+        alpha: float = 4.0,
+    ) -> AbstractContextManager[TrainableParts]:
+        if kind == "lora":
+            return trainable_lora(self.adaptable_layers(), values, generator, rank, alpha)
+        return trainable_weights(self.weights(kind), values)
 
     def identity(self) -> ModelIdentity:
-        modules = {"unet": self.unet, "text_encoder": self.text_encoder}
-        tensors = {f"{r}.{n}": p for r, m in modules.items() for n, p in m.named_parameters()}
-        names = sorted(tensors)
-        shapes = "\n".join(f"{name} {tuple(tensors[name].shape)}" for name in names)
-        flat = [tensors[name].detach().reshape(-1) for name in names]
-        sample = torch.stack([x[len(x) // 2] for x in flat]).float().cpu()
+        named = {f"{root}.{n}": p for root, m in self.modules() for n, p in m.named_parameters()}
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        architecture = hashlib.sha256(shapes.encode()).hexdigest()
         family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
-        return ModelIdentity(family, architecture, {self.encoder: width}, sample)
+        return ModelIdentity.of_weights(family, {self.encoder: width}, named)
 
     @contextmanager
-    def adapted(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
-        """Apply learned weights (LoRA factors or differences) while the context is open."""
+    def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
         lora = {name: x.to(self.device) for name, x in weights.items() if not name.endswith(DIFF)}
         diffs = {name: x for name, x in weights.items() if name.endswith(DIFF)}
         with ExitStack() as stack:
@@ -286,19 +332,46 @@ class DiffusersHost:
                 stack.enter_context(differences_applied(self.weights("full"), diffs))
             yield
 
-    @torch.no_grad()
     def generate(
+        self,
+        prompt: ConceptPrompt | str,
+        concepts: ConceptSet | None = None,
+        seeds: Sequence[int] = (0,),
+        steps: int = 30,
+        guidance: float = 5.0,
+        size: Size | None = None,
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Pictures in 0..1, one per seed, in which learned concepts stand as `<name>`.
+
+        Args:
+            prompt: such as `a photo of <rex> in the snow`.
+            concepts: weights that were learned with them act too.
+            seeds: of the noise; the same seed gives the same picture.
+            steps: of diffusers' own sampler.
+            guidance: scale of classifier-free guidance.
+            size: (height, width); None: the model's own.
+
+        Raises:
+            UserError: the prompt names a concept that is not among them.
+        """
+        prompt = ConceptPrompt.parse(prompt) if isinstance(prompt, str) else prompt
+        vectors = concepts.vectors if concepts else {}
+        with self.applied(*(concepts.weights, concepts.lora_scale) if concepts else ({}, 1.0)):
+            return self.draw(prompt, vectors, seeds, steps, guidance, size)
+
+    @torch.no_grad()
+    def draw(
         self,
         prompt: ConceptPrompt,
         vectors: ConceptVectors,
         seeds: Sequence[int],
         steps: int = 30,
         guidance: float = 5.0,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """Pictures in 0..1, one per seed (diffusers' own sampling loop and scheduler)."""
-        empty = self.encode_prompts([ConceptPrompt(())], {}).y
-        y = self.encode_prompts([prompt], vectors).y
+        empty = self.encode_prompts([ConceptPrompt(())], {}).inputs["y"]
+        y = self.encode_prompts([prompt], vectors).inputs["y"]
         height, width = size or (self.image_side, self.image_side)
         pictures = self.pipeline(
             prompt_embeds=y.expand(len(seeds), -1, -1),

@@ -11,7 +11,7 @@ from .crf import MaskRefiner, labels
 from .measures import contrast
 from .resizing import resize_maps
 from .settings import MaskSettings
-from .thresholds import binarise, max_scaled, min_max
+from .thresholds import binarise, min_max
 
 Refine = Callable[[Float[Tensor, "k H W"]], Float[Tensor, "k H W"]]
 
@@ -32,6 +32,10 @@ class Estimate:
     masks: Bool[Tensor, "k H W"]
     contrast: Float[Tensor, " k"]
 
+    def weights(self, soft: bool) -> Float[Tensor, "k H W"]:
+        """What the M-step weighs its losses with: marginals where `soft`, else labels."""
+        return self.probability if soft else self.masks.float()
+
 
 def masks_from_maps(
     maps: Float[Tensor, "k h w"],
@@ -40,8 +44,7 @@ def masks_from_maps(
     refine: Refine | None,
 ) -> Estimate:
     """Normalise, enlarge, threshold and refine mean attention maps (VCD, "Mask extraction")."""
-    scaled = resize_maps(maps[None], size)[0]
-    scaled = min_max(scaled) if settings.normalise == "min-max" else max_scaled(scaled)
+    scaled = min_max(resize_maps(maps[None], size)[0])
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
         return Estimate(

@@ -4,6 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+Size = tuple[int, int]
+"""Height and width."""
+
 
 def resize_picture(
     picture: Float[Tensor, "3 _h _w"], size: tuple[int, int]

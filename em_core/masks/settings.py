@@ -1,7 +1,6 @@
 """How attention maps become masks: settings."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..errors import require
 from .crf import CRFSettings
@@ -18,7 +17,6 @@ class MaskSettings:
         timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
             reads all; late steps see layout, not edges.
         threshold: tau on the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
-        normalise: scale maps by "min-max" (method) or by their "max" only.
         competition: give each pixel to one concept only.
         all_layers: average over all layers (VCD) instead of those at or above the loss's resolution.
         soft: train under the CRF's marginals instead of its labels.
@@ -31,7 +29,6 @@ class MaskSettings:
     init_timesteps: int = 50
     timesteps: tuple[float, float] = (0.05, 0.4)
     threshold: Threshold = 0.4
-    normalise: Literal["min-max", "max"] = "min-max"
     competition: bool = True
     all_layers: bool = False
     soft: bool = True
@@ -46,6 +43,4 @@ class MaskSettings:
         require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
         fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
         require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
-        scales = ("min-max", "max")
-        require("normalisation", self.normalise, self.normalise in scales, f"one of {scales}")
         require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

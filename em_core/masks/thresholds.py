@@ -18,11 +18,6 @@ def min_max(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
     return (maps - low) / span.clamp(min=1e-8)
 
 
-def max_scaled(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
-    """Divide each map by its maximum."""
-    return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
-
-
 def otsu(maps: Float[Tensor, "k h w"], bins: int = 64) -> Float[Tensor, " k"]:
     """Otsu's threshold of each map in 0..1: the split with the largest between-class variance.
 

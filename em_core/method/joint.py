@@ -1,28 +1,53 @@
 """Tokens and weights together, masks frozen (VCD, last stage; Break-a-Scene's phase 2)."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import UserError
-from ..model.adapters import DIFF, init_lora, lora_applied, restored
-from ..model.schedules import stratified_timesteps
+from ..model.adapters import TrainableParts
 from ..prompts import ConceptPrompt
 from . import losses
-from .loop import StepEvent
-from .m_step import Terms, forward_backward, update
+from .loop import Step, StepEvent, recorded
+from .m_step import Terms, forward_backward
 from .maps import like_noise
+from .optimizer import (
+    LearnableVectors,
+    clip_and_step,
+    give_moments,
+    learnable,
+    learned,
+    moments_of,
+    named_vectors,
+)
 from .problem import Problem
-from .state import RunState
+from .state import RunState, generator_at
 
 
-def learn_joint(problem: Problem, state: RunState) -> Iterator[StepEvent]:
-    """Run the joint phase from wherever `state` stands; yields an event per step.
+@dataclass(frozen=True)
+class Learner:
+    """What the joint phase changes in place.
+
+    Attributes:
+        vectors: the concepts', with gradients.
+        parameters: name, as in the moments -> everything that the optimizer changes.
+        optimizer: AdamW over the parameters.
+        priors: latents of the prior's pictures, or None where the prior is off.
+    """
+
+    vectors: LearnableVectors
+    parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.AdamW
+    priors: Tensor | None
+
+
+def learn_joint(problem: Problem, state: RunState) -> Iterator[Step]:
+    """Run the joint phase from wherever `state` stands; yields each step's event and its new state.
 
     While it runs, the host's model acts with the weights under training; it is as it was when the
-    generator ends or is closed. `state.weights` then holds what was learned.
+    generator ends or is closed.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -31,97 +56,74 @@ def learn_joint(problem: Problem, state: RunState) -> Iterator[StepEvent]:
     if joint.kind == "none":
         return
     if state.phase == "em":
-        state.phase, state.step = "joint", 0
+        state = replace(state, phase="joint", step=0, moments={})
     priors = prior_latents(problem)
-    with training_weights(problem, state):
-        state.use_optimizer(make_optimizer(problem, state))
+    generator = generator_at(state.generator)
+    with trainable_parts(problem, state, generator) as parts:
+        state = replace(state, weights=weights_of(parts), generator=generator.get_state())
+        learner = make_learner(problem, state, parts, priors)
         while state.step < joint.steps:
-            yield joint_step(problem, state, priors)
+            event, state = joint_step(problem, state, learner)
+            yield event, state
 
 
-def joint_step(problem: Problem, state: RunState, priors: Tensor | None) -> StepEvent:
-    """One step on tokens and weights."""
-    state.optimizer.zero_grad(set_to_none=True)
-    _, terms, _ = forward_backward(problem, state)
-    if priors is not None:
-        terms = terms | prior_term(problem, state, priors)
-    update(state, sum_of(terms), problem.settings.gradient_clip)
-    state.step += 1
-    values = {name: float(value.detach()) for name, value in terms.items()}
-    state.log(state.step, {f"joint_loss/{name}": value for name, value in values.items()})
-    return StepEvent("joint", state.step, problem.joint.steps, values)
-
-
-def sum_of(terms: Terms) -> Tensor:
-    """What must be finite: the loss and, where it is on, the prior's."""
-    return terms["total"] + terms.get("prior", torch.zeros_like(terms["total"]))
-
-
-def make_optimizer(problem: Problem, state: RunState) -> torch.optim.AdamW:
-    """AdamW with one group for the weights and, unless they are kept, one for the tokens."""
+def trainable_parts(
+    problem: Problem, state: RunState, generator: torch.Generator
+) -> AbstractContextManager[TrainableParts]:
+    """The parts of the model that the joint phase learns, as the state has them."""
     joint = problem.joint
-    groups: list[dict] = [{"params": in_order(state.weights), "lr": joint.weights_rate}]
-    if joint.token_learning_rate is not None:
-        tokens = [v for of in state.vectors.values() for v in of.values()]
-        groups.append({"params": tokens, "lr": joint.token_learning_rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2)
+    return problem.host.trainable(joint.kind, state.weights, generator, joint.rank, joint.alpha)
 
 
-def in_order(weights: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
-    """By name, since a file does not keep the order that the optimizer's moments are counted in."""
-    return [weights[name] for name in sorted(weights)]
+def weights_of(parts: TrainableParts) -> dict[str, Tensor]:
+    """The parts' very tensors, without their gradients."""
+    return {name: p.detach() for name, p in parts.parameters.items()}
 
 
-@contextmanager
-def training_weights(problem: Problem, state: RunState) -> Iterator[None]:
-    """Make `state.weights` act in the model, and trainable, while the context is open."""
-    host, joint = problem.host, problem.joint
-    if joint.kind == "none":
-        yield
-    elif joint.kind == "lora":
-        layers = host.adaptable_layers()
-        state.weights = state.weights or init_lora(layers, joint.rank, state.generator)
-        with lora_applied(layers, state.weights, joint.alpha / joint.rank):
-            yield
-    else:
-        parameters = dict(host.weights(joint.kind))
-        with restored(parameters):
-            take_over(parameters, state.weights)
-            state.weights = parameters
-            try:
-                yield
-            finally:
-                state.weights = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
+def make_learner(
+    problem: Problem, state: RunState, parts: TrainableParts, priors: Tensor | None
+) -> Learner:
+    """AdamW with one group for the weights and, unless they are kept, one for the tokens."""
+    joint, vectors = problem.joint, learnable(state.vectors)
+    # By name, since a file does not keep the order of the weights.
+    weights = {f"weights/{name}": parts.parameters[name] for name in sorted(parts.parameters)}
+    tokens = named_vectors(vectors) if joint.token_learning_rate is not None else {}
+    groups: list[dict] = [{"params": list(weights.values()), "lr": joint.weights_rate}]
+    if tokens:
+        rate = joint.token_learning_rate
+        groups.append({"params": list(tokens.values()), "lr": rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2)
+    parameters = weights | tokens
+    give_moments(optimizer, parameters, state.moments)
+    return Learner(vectors, parameters, optimizer, priors)
 
 
-def take_over(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Make the parameters trainable, with `values` where there are some.
-
-    Raises:
-        UserError: they are too coarse for the small steps of training.
-    """
-    coarse = sorted({str(p.dtype) for p in parameters.values() if p.dtype != torch.float32})
-    if coarse:
-        raise UserError(
-            f"Whole weights are learned in float32, got {', '.join(coarse)}. Load the model in float32, "
-            "or learn a LoRA."
-        )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.requires_grad_(True)
-            if name in values:
-                p.copy_(values[name])
+def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
+    """One step on tokens and weights. Nothing changes before its last action, the optimizer's step."""
+    generator = generator_at(state.generator)
+    learner.optimizer.zero_grad(set_to_none=True)
+    _, terms, _ = forward_backward(problem, replace(state, vectors=learner.vectors), generator)
+    if learner.priors is not None:
+        terms = terms | prior_term(problem, learner.priors, generator)
+    loss = terms["total"] + terms.get("prior", torch.zeros_like(terms["total"]))
+    clip_and_step(learner.optimizer, loss, problem.settings.gradient_clip, state)
+    after = replace(
+        state,
+        vectors=learned(learner.vectors),
+        moments=moments_of(learner.optimizer, learner.parameters),
+        generator=generator.get_state(),
+        step=state.step + 1,
+    )
+    values = {name: float(value.detach()) for name, value in terms.items()}
+    return recorded(after, StepEvent("joint", after.step, problem.joint.steps, values))
 
 
 def learned_weights(problem: Problem, state: RunState) -> dict[str, Tensor]:
-    """What the joint phase learned: LoRA factors, or `<path>.diff` against the model's own weights."""
-    joint = problem.joint
-    if joint.kind == "lora":
-        return {name: w.detach().clone() for name, w in state.weights.items()}
-    if joint.kind == "none" or not state.weights:
+    """What a concept file keeps of the joint phase; nothing before it has begun."""
+    if problem.joint.kind == "none" or not state.weights:
         return {}
-    own = problem.host.weights(joint.kind)
-    return {name + DIFF: w.detach() - own[name].detach() for name, w in state.weights.items()}
+    with trainable_parts(problem, state, generator_at(state.generator)) as parts:
+        return parts.learned()
 
 
 def prior_latents(problem: Problem) -> Tensor | None:
@@ -131,18 +133,19 @@ def prior_latents(problem: Problem) -> Tensor | None:
         return None
     seeds = range(problem.settings.seed, problem.settings.seed + joint.prior_pictures)
     prompt = ConceptPrompt((joint.prior_prompt,))
-    pictures = [host.generate(prompt, {}, [seed]) for seed in seeds]
+    pictures = [host.draw(prompt, {}, [seed]) for seed in seeds]
     return torch.cat([host.encode_image(picture * 2 - 1) for picture in pictures])
 
 
-def prior_term(problem: Problem, state: RunState, priors: Tensor) -> Terms:
+def prior_term(problem: Problem, priors: Tensor, generator: torch.Generator) -> Terms:
     """Prior preservation (DreamBooth; Break-a-Scene): Eq. 1 on the model's own pictures; adds its gradient."""
-    host, g, batch = problem.host, state.generator, problem.settings.batch
-    Z0 = priors[torch.randint(len(priors), (batch,), generator=g).tolist()]
-    t = stratified_timesteps(batch, 0.0, 1.0, len(host.schedule), g).to(host.device)
-    eps = like_noise(Z0, batch, g)
+    host, batch = problem.host, problem.settings.batch
+    Z0 = priors[torch.randint(len(priors), (batch,), generator=generator).tolist()]
+    t = host.schedule.draw_times(batch, generator).to(host.device)
+    eps = like_noise(Z0, batch, generator)
     conditioning = host.encode_prompts([ConceptPrompt((problem.joint.prior_prompt,))] * batch, {})
-    prediction = host.predict_noise(host.schedule.add_noise(Z0, eps, t), t, conditioning)
-    loss = losses.diffusion_loss(prediction, host.schedule.target(Z0, eps, t))
+    prediction = host.predict(host.schedule.add_noise(Z0, eps, t), t, conditioning)
+    target = host.schedule.target(Z0, eps, t)
+    loss = losses.diffusion_loss(prediction, target, host.schedule.weight(t))
     (problem.joint.prior_weight * loss).backward()
     return {"prior": loss}

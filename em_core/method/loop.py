@@ -1,14 +1,14 @@
 """The EM loop (VCD section 3): tokens under the masks, masks from the tokens' attention."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..masks.measures import areas, iou
-from .e_step import e_step, gather
+from .e_step import e_step, with_free_statistics
 from .m_step import m_step
 from .problem import Problem
 from .state import RunState
@@ -35,66 +35,72 @@ class StepEvent:
     area: Mapping[str, float] = field(default_factory=dict)
     change: Mapping[str, float] = field(default_factory=dict)
 
+    def points(self) -> dict[str, float]:
+        """Curve name -> this step's value."""
+        loss = "joint_loss" if self.phase == "joint" else "loss"
+        parts = {loss: self.losses, "iou": self.iou, "area": self.area, "change": self.change}
+        return {
+            f"{what}/{name}": value
+            for what, values in parts.items()
+            for name, value in values.items()
+        }
 
-def learn(problem: Problem, state: RunState) -> Iterator[StepEvent]:
-    """Run the EM loop from wherever `state` stands; changes `state`, yields an event per step.
 
-    Between two events the state is whole: it can be saved, and a run that goes on from the file
-    gives the same as one that never stopped.
+Step = tuple[StepEvent, RunState]
+
+
+def learn(problem: Problem, state: RunState) -> Iterator[Step]:
+    """Run the EM loop from wherever `state` stands; yields each step's event and its new state.
+
+    A run that goes on from any of these states gives the same as one that never stopped.
 
     Raises:
         TrainingError: a loss is not finite.
     """
-    settings = problem.settings
     if state.phase == "em" and state.step == 0:
-        state.curves.clear()
-        yield masks_event(problem, state, None)
-    while state.phase == "em" and not state.finished:
-        event = em_step(problem, state)
-        state.finished = state.finished or state.step >= settings.steps
-        yield event
+        event, state = recorded(replace(state, curves={}), start_event(problem, state))
+        yield event, state
+    while state.phase == "em" and state.step < problem.settings.steps:
+        event, state = em_step(problem, state)
+        yield event, state
 
 
-def em_step(problem: Problem, state: RunState) -> StepEvent:
+def em_step(problem: Problem, state: RunState) -> Step:
     """One M-step, and the E-step where it is due."""
     settings = problem.settings
-    drawn, terms, maps = m_step(problem, state)
-    state.step += 1
+    state, drawn, terms, maps = m_step(problem, state)
     losses = {name: float(value.detach()) for name, value in terms.items()}
-    state.log(state.step, {f"loss/{name}": value for name, value in losses.items()})
-    if settings.mode != "em":
-        return StepEvent("em", state.step, settings.steps, losses)
-    if settings.free_statistics:
-        gather(problem, state, drawn, maps)
-    if state.step % settings.e_step_every and state.step < settings.steps:
-        return StepEvent("em", state.step, settings.steps, losses)
-    before = e_step(problem, state)
-    event = masks_event(problem, state, before, losses)
-    note_settled(problem, state, event)
-    return event
+    event = StepEvent("em", state.step, settings.steps, losses)
+    if settings.mode == "em":
+        if settings.free_statistics:
+            state = with_free_statistics(problem, state, drawn, maps)
+        if state.step % settings.e_step_every == 0 or state.step == settings.steps:
+            before, state = state, e_step(problem, state)
+            event = measured(event, problem, state, before)
+    return recorded(state, event)
 
 
-def note_settled(problem: Problem, state: RunState, event: StepEvent) -> None:
-    """Count quiet E-steps; finish early where the settings ask for it."""
-    settings = problem.settings
-    quiet = max(event.change.values()) < settings.settled
-    state.settled = state.settled + 1 if quiet else 0
-    state.finished = bool(settings.patience) and state.settled >= settings.patience
+def recorded(state: RunState, event: StepEvent) -> Step:
+    """The event, and the state with its values on the curves."""
+    return event, state.with_points(event.points())
 
 
-def masks_event(
-    problem: Problem,
-    state: RunState,
-    before: Sequence[Bool[Tensor, "_ _ _"]] | None,
-    losses: Mapping[str, float] | None = None,
-) -> StepEvent:
-    """The event of newly estimated masks; its numbers go to the curves too."""
+def start_event(problem: Problem, state: RunState) -> StepEvent:
+    """The event of the first masks."""
+    event = StepEvent("start", 0, problem.settings.steps)
     if problem.settings.mode == "none":
-        return StepEvent("start", 0, problem.settings.steps)
+        return event
+    return measured(event, problem, state)
+
+
+def measured(
+    event: StepEvent, problem: Problem, state: RunState, before: RunState | None = None
+) -> StepEvent:
+    """The event with IoU, area and change of new masks by concept, mean over the pictures."""
     pairs = list(zip(problem.pictures, state.pictures, strict=True))
-    area = [named(p.names, areas(s.labels)) for p, s in pairs]
+    area = [by_name(p.names, areas(s.labels)) for p, s in pairs]
     truth = [
-        named(
+        by_name(
             list(p.truth),
             torch.stack([iou(s.labels[p.names.index(n)], m) for n, m in p.truth.items()]),
         )
@@ -102,19 +108,15 @@ def masks_event(
         if p.truth
     ]
     change = [
-        named(p.names, 1 - iou(s.labels, old))
-        for (p, s), old in zip(pairs, before or [], strict=before is not None)
+        by_name(p.names, 1 - iou(s.labels, old.labels))
+        for (p, s), old in zip(pairs, before.pictures if before else [], strict=before is not None)
     ]
-    measured = {"iou": mean_of(truth), "area": mean_of(area), "change": mean_of(change)}
-    for what, values in measured.items():
-        state.log(state.step, {f"{what}/{name}": value for name, value in values.items()})
-    phase = "start" if before is None else "em"
-    return StepEvent(
-        phase, state.step, problem.settings.steps, losses or {}, masks=True, **measured
+    return replace(
+        event, masks=True, iou=mean_of(truth), area=mean_of(area), change=mean_of(change)
     )
 
 
-def named(names: Sequence[str], values: Float[Tensor, " k"]) -> dict[str, float]:
+def by_name(names: Sequence[str], values: Float[Tensor, " k"]) -> dict[str, float]:
     """Concept name -> value."""
     return dict(zip(names, values.tolist(), strict=True))
 

@@ -8,24 +8,28 @@ from ..settings import Normalisation
 
 
 def diffusion_loss(
-    prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
+    prediction: Float[Tensor, "b c h w"],
+    target: Float[Tensor, "b c h w"],
+    weight: Float[Tensor, " b"],
 ) -> Float[Tensor, ""]:
-    """VCD Eq. 1, mean over all elements."""
-    return (prediction - target).square().mean()
+    """VCD Eq. 1, mean over all elements; `weight` is each sample's, from the noise schedule."""
+    return (weight[:, None, None, None] * (prediction - target).square()).mean()
 
 
 def masked_diffusion_loss(
     prediction: Float[Tensor, "b c h w"],
     target: Float[Tensor, "b c h w"],
     mask: Float[Tensor, "b 1 h w"],
+    weight: Float[Tensor, " b"],
     normalisation: Normalisation = "area",
 ) -> Float[Tensor, ""]:
-    """VCD Eq. 3: error of the prediction under the union of the concepts' masks (values 0..1).
+    """VCD Eq. 3: error of the prediction under the union of the concepts' masks (values 0..1), each
+    sample's times its `weight` from the noise schedule.
 
     "mean" divides by all elements, as Break-a-Scene does, so that small masks count little;
     "area" divides each sample by its mask's own area.
     """
-    error = (mask * (prediction - target)).square()
+    error = weight[:, None, None, None] * (mask * (prediction - target)).square()
     if normalisation == "mean":
         return error.mean()
     area = reduce(mask.square(), "b 1 h w -> b", "sum").clamp(min=1.0)

@@ -2,24 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from ..errors import TrainingError
 from ..masks.measures import union
 from ..masks.resizing import resize_masks
 from ..model.layers import loss_layers, mask_layers
 from ..model.protocol import Conditioning
 from ..model.recording import AttentionMaps, mean_maps
-from ..model.schedules import stratified_timesteps
 from ..settings import EMSettings
 from . import losses
 from .maps import like_noise, recorder_for
+from .optimizer import clip_and_step, give_moments, learnable, learned, moments_of, named_vectors
 from .problem import Prepared, Problem
-from .state import RunState
+from .state import RunState, generator_at
 
 Terms = dict[str, Tensor]
 
@@ -39,33 +38,35 @@ class Draw:
     subsets: tuple[tuple[str, ...], ...]
     present: Float[Tensor, "b k"]
     flipped: bool
-    t: Int[Tensor, " b"]
+    t: Float[Tensor, " b"]
     eps: Float[Tensor, "b c h w"]
     Z0: Float[Tensor, "b c h w"]
 
 
-def draw(problem: Problem, state: RunState) -> Draw:
-    """Pick a picture, subsets of its concepts, timesteps and noise from the state's generator."""
-    settings, host, g = problem.settings, problem.host, state.generator
-    index = int(torch.randint(len(problem.pictures), (), generator=g))
+def draw(problem: Problem, generator: torch.Generator) -> Draw:
+    """Pick a picture, subsets of its concepts, times and noise."""
+    settings, host = problem.settings, problem.host
+    index = int(torch.randint(len(problem.pictures), (), generator=generator))
     prepared = problem.pictures[index]
-    subsets = tuple(draw_subset(prepared.names, settings, g) for _ in range(settings.batch))
-    flipped = settings.flip and bool(torch.rand((), generator=g) < 0.5)
+    subsets = tuple(draw_subset(prepared.names, settings, generator) for _ in range(settings.batch))
+    flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
     Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
-    t = stratified_timesteps(settings.batch, 0.0, 1.0, len(host.schedule), g).to(host.device)
+    t = host.schedule.draw_times(settings.batch, generator).to(host.device)
     present = torch.tensor(
         [[float(n in s) for n in prepared.names] for s in subsets], device=host.device
     )
-    eps = like_noise(Z0, settings.batch, g)
+    eps = like_noise(Z0, settings.batch, generator)
     return Draw(index, subsets, present, flipped, t, eps, Z0.expand_as(eps))
 
 
-def draw_subset(names: Sequence[str], settings: EMSettings, g: torch.Generator) -> tuple[str, ...]:
+def draw_subset(
+    names: Sequence[str], settings: EMSettings, generator: torch.Generator
+) -> tuple[str, ...]:
     """All concepts in the prompt's order, or a random ordered subset (Break-a-Scene's union sampling)."""
     if not settings.draws_subsets:
         return tuple(names)
-    order = torch.randperm(len(names), generator=g).tolist()
-    count = int(torch.randint(1, len(names) + 1, (), generator=g))
+    order = torch.randperm(len(names), generator=generator).tolist()
+    count = int(torch.randint(1, len(names) + 1, (), generator=generator))
     return tuple(names[i] for i in order[:count])
 
 
@@ -79,58 +80,61 @@ def condition(problem: Problem, state: RunState, drawn: Draw) -> Conditioning:
 
 def recorded_layers(problem: Problem, prepared: Prepared, phase: str) -> tuple[str, ...]:
     """Layers whose maps a step needs: the loss's, and where the masks are re-estimated theirs too."""
-    settings, layers = problem.settings, problem.host.layers
+    settings = problem.settings
     if settings.mode == "none":
         return ()
     wanted: tuple[str, ...] = ()
-    if settings.attention_weight + settings.end_of_text_weight > 0:
-        wanted += loss_layers(layers, prepared.latent_size)
+    if settings.has_attention_terms:
+        wanted += loss_layers(prepared.layers)
     if settings.mode == "em" and phase == "em" and settings.free_statistics:
-        wanted += mask_layers(layers, prepared.latent_size, settings.masks.all_layers)
+        wanted += mask_layers(prepared.layers, settings.masks.all_layers)
     return tuple(dict.fromkeys(wanted))
 
 
-def m_step(problem: Problem, state: RunState) -> tuple[Draw, Terms, AttentionMaps]:
-    """One optimisation step; also gives the draw, the loss terms and the maps that its pass recorded.
+def m_step(problem: Problem, state: RunState) -> tuple[RunState, Draw, Terms, AttentionMaps]:
+    """One optimisation step on the vectors: the new state, what was drawn, the terms of the loss,
+    and the maps that the pass recorded.
 
     Raises:
-        TrainingError: the loss or its gradient is not finite; vectors and weights are as before.
+        TrainingError: the loss or its gradient is not finite.
     """
-    state.optimizer.zero_grad(set_to_none=True)
-    drawn, terms, maps = forward_backward(problem, state)
-    update(state, terms["total"], problem.settings.gradient_clip)
-    return drawn, terms, maps
+    settings, generator = problem.settings, generator_at(state.generator)
+    vectors = learnable(state.vectors)
+    drawn, terms, maps = forward_backward(problem, replace(state, vectors=vectors), generator)
+    parameters = named_vectors(vectors)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0
+    )
+    give_moments(optimizer, parameters, state.moments)
+    clip_and_step(optimizer, terms["total"], settings.gradient_clip, state)
+    after = replace(
+        state,
+        vectors=learned(vectors),
+        moments={**state.moments, **moments_of(optimizer, parameters)},
+        generator=generator.get_state(),
+        step=state.step + 1,
+    )
+    return after, drawn, terms, maps
 
 
-def forward_backward(problem: Problem, state: RunState) -> tuple[Draw, Terms, AttentionMaps]:
+def forward_backward(
+    problem: Problem, state: RunState, generator: torch.Generator
+) -> tuple[Draw, Terms, AttentionMaps]:
     """Draw, predict, and add the loss's gradient to the parameters'."""
     host = problem.host
-    drawn = draw(problem, state)
+    drawn = draw(problem, generator)
     prepared = problem.pictures[drawn.index]
     conditioning = condition(problem, state, drawn)
-    layers = recorded_layers(problem, prepared, state.phase)
-    recorder = recorder_for(
-        host, conditioning, prepared.names, prepared.latent_size, layers, grad=True
-    )
+    wanted = recorded_layers(problem, prepared, state.phase)
+    layers = [layer for layer in prepared.layers if layer.name in wanted]
+    recorder = recorder_for(conditioning, prepared.names, layers, host.device, grad=True)
     # Backward runs inside the context: gradient checkpointing repeats the forward pass with its hooks.
     with host.record_attention(recorder) if layers else nullcontext():
         Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
-        prediction = host.predict_noise(Z_t, drawn.t, conditioning)
+        prediction = host.predict(Z_t, drawn.t, conditioning)
         terms = loss_terms(problem, state, drawn, prediction, recorder.maps)
         terms["total"].backward()
     return drawn, terms, recorder.maps
-
-
-def update(state: RunState, loss: Tensor, gradient_clip: float) -> None:
-    """Clip and step, unless something is not finite."""
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise TrainingError(
-            f"The loss is not finite at step {state.step + 1} of the {state.phase} phase. "
-            "Use a smaller learning rate or a wider number type. What was learned before is kept."
-        )
-    state.optimizer.step()
 
 
 def loss_terms(
@@ -142,14 +146,18 @@ def loss_terms(
 ) -> Terms:
     """The terms of the loss by name, and their weighted sum as "total"."""
     settings = problem.settings
-    target = problem.host.schedule.target(drawn.Z0, drawn.eps, drawn.t)
+    schedule = problem.host.schedule
+    target = schedule.target(drawn.Z0, drawn.eps, drawn.t)
+    weight = schedule.weight(drawn.t)
     masks = state.pictures[drawn.index].masks
     masks = masks.flip(-1) if drawn.flipped else masks
-    terms = {"diffusion": diffusion_term(settings, prediction, target, masks, drawn.present)}
+    terms = {
+        "diffusion": diffusion_term(settings, prediction, target, masks, drawn.present, weight)
+    }
     weights = {"diffusion": 1.0}
-    if settings.mode != "none" and settings.attention_weight + settings.end_of_text_weight > 0:
+    if settings.mode != "none" and settings.has_attention_terms:
         prepared = problem.pictures[drawn.index]
-        terms |= attention_terms(settings, loss_maps(problem, prepared, maps), masks, drawn.present)
+        terms |= attention_terms(settings, loss_maps(prepared, maps), masks, drawn.present)
         weights |= {
             "attention": settings.attention_weight,
             "end_of_text": settings.end_of_text_weight,
@@ -164,20 +172,19 @@ def diffusion_term(
     target: Float[Tensor, "b c h w"],
     masks: Float[Tensor, "k H W"],
     present: Float[Tensor, "b k"],
+    weight: Float[Tensor, " b"],
 ) -> Float[Tensor, ""]:
     """Eq. 3 under the union of the masks of the concepts present in each sample, or Eq. 1."""
     if not settings.masks_loss:
-        return losses.diffusion_loss(prediction, target)
+        return losses.diffusion_loss(prediction, target, weight)
     small = resize_masks(masks, (prediction.shape[-2], prediction.shape[-1]))
     mask = union(small[None] * present[:, :, None, None])
-    return losses.masked_diffusion_loss(prediction, target, mask, settings.normalisation)
+    return losses.masked_diffusion_loss(prediction, target, mask, weight, settings.normalisation)
 
 
-def loss_maps(
-    problem: Problem, prepared: Prepared, maps: AttentionMaps
-) -> Float[Tensor, "b k h w"]:
+def loss_maps(prepared: Prepared, maps: AttentionMaps) -> Float[Tensor, "b k h w"]:
     """Mean of the loss's layers (16x16): the concepts' maps, then the end-of-text token's."""
-    layers = loss_layers(problem.host.layers, prepared.latent_size)
+    layers = loss_layers(prepared.layers)
     size = maps[layers[0]].shape[-2:]
     return mean_maps(maps, layers, (size[0], size[1]))
 

@@ -1,4 +1,4 @@
-"""The E-step: attention maps of one picture's concepts, and the masks that they make."""
+"""Attention maps of one picture's concepts, averaged over noisy versions of it (VCD Eq. 2)."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TrainingError, UserError
+from ..masks.estimate import Estimate, masks_from_maps
 from ..masks.settings import MaskSettings
+from ..masks.thresholds import min_max
 from ..model.columns import select_columns
-from ..model.layers import map_side, mask_layers
+from ..model.layers import AttentionLayer, finest_size, mask_layers
 from ..model.protocol import Conditioning, DiffusionModel
 from ..model.recording import AttentionMaps, AttentionRecorder, mean_maps
-from ..model.schedules import stratified_timesteps
+from ..prompts import ConceptVectors
+from .problem import Prepared
 
 
 def like_noise(Z: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -21,48 +24,66 @@ def like_noise(Z: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def recorder_for(
-    host: DiffusionModel,
     conditioning: Conditioning,
     names: Sequence[str],
-    latent_size: tuple[int, int],
-    layers: Sequence[str],
+    layers: Sequence[AttentionLayer],
+    device: torch.device,
     grad: bool = False,
 ) -> AttentionRecorder:
     """A recorder of the named concepts' columns, then the end-of-text token's.
 
-    A concept absent from a prompt gets a zero map.
+    A concept that does not stand in a prompt gets a map of zeros.
     """
-    columns = [
-        [*(of_prompt.get(name, ()) for name in names), (end,)]
-        for of_prompt, end in zip(conditioning.columns, conditioning.end, strict=True)
-    ]
-    select = select_columns(columns, conditioning.y.shape[1], host.device)
-    return AttentionRecorder(select, latent_size, frozenset(layers), grad)
+    select = {}
+    for name, stream in conditioning.streams.items():
+        columns = [
+            [*(of_prompt.get(concept, ()) for concept in names), (end,)]
+            for of_prompt, end in zip(stream.columns, stream.end, strict=True)
+        ]
+        select[name] = select_columns(columns, stream.length, device)
+    return AttentionRecorder(select, {layer.name: layer for layer in layers}, grad)
+
+
+def attention_masks(
+    host: DiffusionModel,
+    prepared: Prepared,
+    vectors: ConceptVectors,
+    settings: MaskSettings,
+    passes: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "k h w"], Estimate]:
+    """Mean maps of `passes` passes with the given vectors, scaled to 0..1, and the masks that they
+    make (VCD S1)."""
+    with torch.no_grad():
+        conditioning = host.encode_prompts([prepared.example.prompt], vectors)
+    maps = min_max(average_maps(host, prepared, conditioning, settings, passes, generator))
+    return maps, masks_from_maps(maps, prepared.size, settings, prepared.refine)
 
 
 @torch.no_grad()
 def average_maps(
     host: DiffusionModel,
-    Z0: Float[Tensor, "1 c h w"],
+    prepared: Prepared,
     conditioning: Conditioning,
-    names: Sequence[str],
-    passes: int,
     settings: MaskSettings,
+    passes: int,
     generator: torch.Generator,
     batch: int = 10,
 ) -> Float[Tensor, "k h w"]:
-    """Mean attention maps over `passes` noisy versions of one picture (VCD: 50 random timesteps)."""
-    size = tuple(Z0.shape[-2:])
-    layers = mask_layers(host.layers, (size[0], size[1]), settings.all_layers)
-    total: Tensor | None = None
+    """Mean attention maps over `passes` noisy versions of one picture (VCD: 50 random timesteps).
+
+    Raises:
+        TrainingError: the model's attention is not finite.
+    """
+    if passes < 1:
+        raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
+    wanted = mask_layers(prepared.layers, settings.all_layers)
+    size, k = finest_size(prepared.layers), len(prepared.names)
+    total = torch.zeros(k, *size, device=prepared.Z0.device)
     for start in range(0, passes, batch):
         count = min(batch, passes - start)
-        maps = noisy_maps(host, Z0, conditioning, names, layers, count, settings, generator)
-        mean = mean_maps(maps, layers, map_side((size[0], size[1]), host.layers))
-        summed = mean[:, : len(names)].sum(dim=0)
-        total = summed if total is None else total + summed
-    if total is None:
-        raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
+        maps = noisy_maps(host, prepared, conditioning, wanted, count, settings, generator)
+        total = total + mean_maps(maps, wanted, size)[:, :k].sum(dim=0)
     if not torch.isfinite(total).all():
         raise TrainingError(
             "The model's attention is not finite. Use a smaller learning rate or a wider number type."
@@ -72,20 +93,21 @@ def average_maps(
 
 def noisy_maps(
     host: DiffusionModel,
-    Z0: Float[Tensor, "1 c h w"],
+    prepared: Prepared,
     conditioning: Conditioning,
-    names: Sequence[str],
-    layers: Sequence[str],
+    wanted: Sequence[str],
     count: int,
     settings: MaskSettings,
     generator: torch.Generator,
 ) -> AttentionMaps:
     """Maps of one batch of `count` noisy latents."""
-    low, high = settings.timesteps
-    t = stratified_timesteps(count, low, high, len(host.schedule), generator).to(host.device)
-    Z_t = host.schedule.add_noise(Z0.expand(count, -1, -1, -1), like_noise(Z0, count, generator), t)
+    Z0 = prepared.Z0
+    t = host.schedule.draw_times(count, generator, *settings.timesteps).to(host.device)
+    eps = like_noise(Z0, count, generator)
+    Z_t = host.schedule.add_noise(Z0.expand_as(eps), eps, t)
     repeated = conditioning.rows([0] * count)
-    recorder = recorder_for(host, repeated, names, (Z0.shape[-2], Z0.shape[-1]), layers)
+    layers = [layer for layer in prepared.layers if layer.name in wanted]
+    recorder = recorder_for(repeated, prepared.names, layers, host.device)
     with host.record_attention(recorder):
-        host.predict_noise(Z_t, t, repeated)
+        host.predict(Z_t, t, repeated)
     return recorder.maps

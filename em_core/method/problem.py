@@ -11,10 +11,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..examples import Example, fitted_size, stack_masks
 from ..masks.estimate import Refine, make_refiner
-from ..masks.resizing import resize_picture
+from ..masks.resizing import Size, resize_picture
+from ..masks.settings import MaskSettings
+from ..model.layers import AttentionLayer
 from ..model.protocol import DiffusionModel
 from ..prompts import Concept, merge_concepts
-from ..runs.key import run_key
 from ..settings import EMSettings, JointSettings
 
 Latent = Float[Tensor, "1 c h w"]
@@ -22,21 +23,32 @@ Latent = Float[Tensor, "1 c h w"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An example as the loop uses it: resized, encoded, with the layers that are read."""
+    """An example as the method uses it.
+
+    Attributes:
+        example: picture, prompt and masks as they were given.
+        size: (height, width) in pixels at which the model sees the picture.
+        Z0: the picture's latent.
+        Z0_flipped: that of the mirrored picture, where mirroring is asked for.
+        layers: the model's attention layers at this size.
+        refine: the picture's DenseCRF, or None where it is off.
+    """
 
     example: Example
-    names: tuple[str, ...]
-    size: tuple[int, int]
+    size: Size
     Z0: Latent
     Z0_flipped: Latent | None
+    layers: tuple[AttentionLayer, ...]
     refine: Refine | None
 
-    @cached_property
-    def latent_size(self) -> tuple[int, int]:
-        return self.Z0.shape[-2], self.Z0.shape[-1]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The concepts in the prompt, in its order."""
+        return self.example.prompt.names
 
     @cached_property
     def truth(self) -> dict[str, Bool[Tensor, "H W"]]:
+        """True masks at `size`, of the concepts that have one."""
         known = [name for name in self.names if name in self.example.truth]
         if not known:
             return {}
@@ -53,7 +65,6 @@ class Problem:
     concepts: tuple[Concept, ...]
     settings: EMSettings
     joint: JointSettings
-    key: str
 
 
 def prepare(
@@ -69,27 +80,33 @@ def prepare(
     """
     if not examples:
         raise UserError("No example to learn from. Give at least one picture with its prompt.")
-    joint = joint or JointSettings()
-    pictures = tuple(prepare_picture(host, example, settings) for example in examples)
     concepts = merge_concepts(example.prompt for example in examples)
-    key = run_key(host.identity(), examples, settings, joint)
-    return Problem(host, pictures, concepts, settings, joint, key)
+    pictures = tuple(
+        prepare_picture(host, example, settings.masks, settings.image_side, settings.flip)
+        for example in examples
+    )
+    return Problem(host, pictures, concepts, settings, joint or JointSettings())
 
 
-def prepare_picture(host: DiffusionModel, example: Example, settings: EMSettings) -> Prepared:
-    """One example, resized to the model's area and encoded (mirrored too where asked)."""
+def prepare_picture(
+    host: DiffusionModel,
+    example: Example,
+    masks: MaskSettings,
+    side: int | None = None,
+    flip: bool = False,
+) -> Prepared:
+    """One example, resized to about `side`^2 pixels (None: the model's own) and encoded."""
     height, width = example.picture.shape[-2:]
-    side = settings.image_side or host.image_side
-    size = fitted_size(height, width, side, host.image_multiple)
+    size = fitted_size(height, width, side or host.image_side, host.image_multiple)
     picture = resize_picture(example.picture, size).to(host.device)
     Z0 = encode(host, picture)
     return Prepared(
         example=example,
-        names=example.prompt.names,
         size=size,
         Z0=Z0,
-        Z0_flipped=encode(host, picture.flip(-1)) if settings.flip else None,
-        refine=make_refiner(picture, settings.masks),
+        Z0_flipped=encode(host, picture.flip(-1)) if flip else None,
+        layers=host.attention_layers((Z0.shape[-2], Z0.shape[-1])),
+        refine=make_refiner(picture, masks),
     )
 
 

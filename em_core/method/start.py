@@ -2,21 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Bool
+from torch import Tensor
 
 from ..errors import UserError
 from ..examples import stack_masks
-from ..masks.estimate import Estimate, masks_from_maps
-from ..masks.thresholds import min_max
-from ..model.layers import map_side
+from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
-from .e_step import trained_under
-from .maps import average_maps
+from .maps import attention_masks
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
@@ -27,72 +23,60 @@ START_PICTURES = 2
 
 def initialise(problem: Problem) -> RunState:
     """Start vectors from the concepts' words and, where the mode wants them, masks (VCD S0, S1)."""
-    state = blank_state(problem)
-    choose_random_starts(problem, state)
-    state.pictures = [
-        first_masks(problem, p, state.vectors, state.generator) for p in problem.pictures
-    ]
-    return state
+    generator = torch.Generator().manual_seed(problem.settings.seed)
+    vectors = choose_random_starts(problem, start_vectors(problem, generator), generator)
+    pictures = tuple(first_masks(problem, p, vectors, generator) for p in problem.pictures)
+    return RunState(vectors, generator.get_state(), pictures)
 
 
-def resume(problem: Problem, path: Path) -> RunState:
-    """The state in a file, ready to go on.
-
-    Raises:
-        UserError: the file is damaged or belongs to another run.
-    """
-    state = blank_state(problem)
-    state.load(path)
-    return state
+def start_vectors(problem: Problem, generator: torch.Generator) -> ConceptVectors:
+    """Vectors from each concept's words, or one random draw."""
+    host, count = problem.host, problem.settings.vectors
+    return own_copies(
+        {c.name: host.initial_vectors(c.words, count, generator) for c in problem.concepts}
+    )
 
 
-def blank_state(problem: Problem) -> RunState:
-    """Start vectors, their optimizer, and masks of the whole picture."""
-    settings, host = problem.settings, problem.host
-    g = torch.Generator().manual_seed(settings.seed)
-    vectors = {
-        concept.name: {
-            encoder: nn.Parameter(v.detach().clone().float())
-            for encoder, v in host.initial_vectors(concept.words, settings.vectors, g).items()
-        }
-        for concept in problem.concepts
+def own_copies(vectors: ConceptVectors) -> ConceptVectors:
+    """The vectors in float32, in memory of their own."""
+    return {
+        concept: {encoder: v.detach().clone().float() for encoder, v in by_encoder.items()}
+        for concept, by_encoder in vectors.items()
     }
-    parameters = [v for of in vectors.values() for v in of.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    pictures = [whole_picture(problem, prepared) for prepared in problem.pictures]
-    return RunState(problem.key, vectors, optimizer, g, pictures)
 
 
 @torch.no_grad()
-def choose_random_starts(problem: Problem, state: RunState) -> None:
+def choose_random_starts(
+    problem: Problem, vectors: ConceptVectors, generator: torch.Generator
+) -> ConceptVectors:
     """Give concepts without words the best of several random draws; see `EMSettings.random_starts`.
 
     A start from which a token attends to the background or to another concept's object is rarely
     left by the loop. Its mask has little contrast, so the draw wins whose weakest mask has the most,
     in the first pictures of each such concept. All draws see the same noise.
     """
-    settings, host, g = problem.settings, problem.host, state.generator
+    settings, host = problem.settings, problem.host
     wordless = [concept.name for concept in problem.concepts if not concept.words]
     if not wordless or settings.random_starts == 1 or settings.mode in ("given", "none"):
-        return
+        return vectors
     pictures = [
         prepared
         for i, prepared in enumerate(problem.pictures)
         if any(i in pictures_of(problem, name)[:START_PICTURES] for name in wordless)
     ]
-    noise = g.get_state()
-    draws: list[ConceptVectors] = [{name: state.vectors[name] for name in wordless}]
+    noise = generator.get_state()
+    draws: list[ConceptVectors] = [{name: vectors[name] for name in wordless}]
     for _ in range(settings.random_starts - 1):
-        draws.append({n: host.initial_vectors("", settings.vectors, g) for n in wordless})
+        draws.append(
+            {name: host.initial_vectors("", settings.vectors, generator) for name in wordless}
+        )
     scores = []
     for draw in draws:
         same = torch.Generator()
         same.set_state(noise)
-        scores.append(weakest_contrast(problem, pictures, {**state.vectors, **draw}, same))
+        scores.append(weakest_contrast(problem, pictures, {**vectors, **draw}, same))
     best = draws[max(range(len(draws)), key=scores.__getitem__)]
-    for name, of in best.items():
-        for encoder, v in of.items():
-            state.vectors[name][encoder].copy_(v)
+    return {**vectors, **own_copies(best)}
 
 
 def pictures_of(problem: Problem, name: str) -> list[int]:
@@ -101,41 +85,47 @@ def pictures_of(problem: Problem, name: str) -> list[int]:
 
 
 def weakest_contrast(
-    problem: Problem, pictures: Sequence[Prepared], vectors: ConceptVectors, g: torch.Generator
+    problem: Problem,
+    pictures: Sequence[Prepared],
+    vectors: ConceptVectors,
+    generator: torch.Generator,
 ) -> float:
     """The least contrast of the masks that these vectors give, over concepts and pictures."""
-    return min(
-        float(attention_masks(problem, prepared, vectors, START_PASSES, g)[1].contrast.min())
+    masks = problem.settings.masks
+    estimates = [
+        attention_masks(problem.host, prepared, vectors, masks, START_PASSES, generator)[1]
         for prepared in pictures
-    )
+    ]
+    return min(float(estimate.contrast.min()) for estimate in estimates)
 
 
-def whole_picture(problem: Problem, prepared: Prepared) -> PictureState:
+def whole_picture(prepared: Prepared) -> PictureState:
     """No maps yet, and masks that cover everything."""
-    device, count = problem.host.device, len(prepared.names)
-    maps = torch.zeros(count, *map_side(prepared.latent_size, problem.host.layers), device=device)
+    device, count = prepared.Z0.device, len(prepared.names)
+    maps = torch.zeros(count, *finest_size(prepared.layers), device=device)
     masks = torch.ones(count, *prepared.size, device=device)
-    counts = torch.zeros(count, device=device)
-    return PictureState(maps, 0, torch.zeros_like(maps), counts, masks, masks > 0.5, counts)
+    none = torch.zeros(count, device=device)
+    return PictureState(maps, torch.zeros_like(maps), none, masks, masks > 0.5, none)
 
 
 def first_masks(
-    problem: Problem, prepared: Prepared, vectors: ConceptVectors, g: torch.Generator
+    problem: Problem, prepared: Prepared, vectors: ConceptVectors, generator: torch.Generator
 ) -> PictureState:
     """Masks before any learning: the user's, those of the start vectors, or the whole picture."""
-    settings, blank = problem.settings, whole_picture(problem, prepared)
+    settings, blank = problem.settings, whole_picture(prepared)
     if settings.mode == "none":
         return blank
     if settings.mode == "given":
         labels = given_masks(prepared).to(problem.host.device)
         return replace(blank, masks=labels.float(), labels=labels)
     passes = settings.masks.init_timesteps
-    maps, estimate = attention_masks(problem, prepared, vectors, passes, g)
+    maps, estimate = attention_masks(
+        problem.host, prepared, vectors, settings.masks, passes, generator
+    )
     return replace(
         blank,
         maps=maps,
-        rounds=1,
-        masks=trained_under(estimate, settings),
+        masks=estimate.weights(settings.masks.soft),
         labels=estimate.masks,
         contrast=estimate.contrast,
     )
@@ -158,16 +148,16 @@ def given_masks(prepared: Prepared) -> Bool[Tensor, "k H W"]:
 
 
 def known_vectors(
-    host: DiffusionModel, prompt: ConceptPrompt, learned: ConceptVectors
-) -> dict[str, dict[str, Tensor]]:
+    host: DiffusionModel, prompt: ConceptPrompt, known: ConceptVectors
+) -> ConceptVectors:
     """Vectors of the learned concepts, and of the words (one a piece) of the prompt's others.
 
     Raises:
         UserError: a concept of the prompt is neither learned nor has words.
     """
     vectors = {
-        name: {encoder: v.to(host.device).float() for encoder, v in of.items()}
-        for name, of in learned.items()
+        name: {encoder: v.to(host.device).float() for encoder, v in by_encoder.items()}
+        for name, by_encoder in known.items()
     }
     for concept in prompt.concepts:
         if concept.name in vectors:
@@ -179,16 +169,3 @@ def known_vectors(
             )
         vectors[concept.name] = dict(host.initial_vectors(concept.words, None, torch.Generator()))
     return vectors
-
-
-def attention_masks(
-    problem: Problem, prepared: Prepared, vectors: ConceptVectors, passes: int, g: torch.Generator
-) -> tuple[Float[Tensor, "k h w"], Estimate]:
-    """Mean maps of `passes` UNet passes with the given vectors, and the masks that they make (VCD S1)."""
-    settings, host = problem.settings, problem.host
-    with torch.no_grad():
-        conditioning = host.encode_prompts([prepared.example.prompt], vectors)
-    maps = min_max(
-        average_maps(host, prepared.Z0, conditioning, prepared.names, passes, settings.masks, g)
-    )
-    return maps, masks_from_maps(maps, prepared.size, settings.masks, prepared.refine)

@@ -1,14 +1,75 @@
-"""Training and applying model weights without leaving a trace: LoRA by hooks, others by exact restore."""
+"""Training and applying model weights without leaving a trace: a LoRA by hooks, others by exchange."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 DOWN, UP, DIFF = ".lora_down", ".lora_up", ".diff"
+
+
+@dataclass(frozen=True)
+class TrainableParts:
+    """Parts of a model that can be learned.
+
+    Attributes:
+        parameters: name -> what an optimizer changes.
+        learned: gives what a concept file keeps of them: LoRA factors, or `<path>.diff` against
+            the model's own weights.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    learned: Callable[[], dict[str, Tensor]]
+
+
+@contextmanager
+def trainable_lora(
+    layers: Mapping[str, nn.Linear],
+    values: Mapping[str, Tensor],
+    generator: torch.Generator,
+    rank: int,
+    alpha: float,
+) -> Iterator[TrainableParts]:
+    """A LoRA on `layers` that acts and can be learned while the context is open."""
+    parameters = (
+        {name: nn.Parameter(x.detach().clone()) for name, x in values.items()}
+        if values
+        else init_lora(layers, rank, generator)
+    )
+    with lora_applied(layers, parameters, alpha / rank):
+        yield TrainableParts(
+            parameters, lambda: {name: p.detach().clone() for name, p in parameters.items()}
+        )
+
+
+@contextmanager
+def trainable_weights(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[TrainableParts]:
+    """The model's own weights, learned on copies of `values` or of what they are.
+
+    Raises:
+        UserError: they are too coarse for the small steps of training.
+    """
+    coarse = sorted({str(p.dtype) for p in parameters.values() if p.dtype != torch.float32})
+    if coarse:
+        raise UserError(
+            f"Whole weights are learned in float32, got {', '.join(coarse)}. Load the model in "
+            "float32, or learn a LoRA."
+        )
+    copies = {n: values.get(n, p).detach().to(p.device).clone() for n, p in parameters.items()}
+    with exchanged(parameters, copies) as own:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        yield TrainableParts(
+            parameters, lambda: {n + DIFF: p.detach() - own[n] for n, p in parameters.items()}
+        )
 
 
 def init_lora(
@@ -61,35 +122,31 @@ def lora_applied(
 
 
 @contextmanager
-def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Give the parameters' values and flags back exactly when the context closes; yields the originals."""
-    before = {name: p.detach().clone() for name, p in parameters.items()}
+def exchanged(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Let the parameters hold other tensors while the context is open; yields their own.
+
+    Their very own tensors come back when it closes, and `values` hold what became of them.
+    """
+    own = {name: p.data for name, p in parameters.items()}
     flags = {name: p.requires_grad for name, p in parameters.items()}
     try:
-        yield before
+        for name, p in parameters.items():
+            p.data = values[name]
+        yield own
     finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name])
-                p.requires_grad_(flags[name])
-                p.grad = None
-
-
-def differences(
-    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """`<path>.diff` = weight now - weight before."""
-    return {name + DIFF: p.detach() - before[name] for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.data, p.grad = own[name], None
+            p.requires_grad_(flags[name])
 
 
 @contextmanager
 def differences_applied(
-    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], strength: float = 1.0
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Add `<path>.diff` tensors to the weights while the context is open."""
     touched = {key.removesuffix(DIFF): parameters[key.removesuffix(DIFF)] for key in tensors}
-    with restored(touched):
-        with torch.no_grad():
-            for name, p in touched.items():
-                p.add_(tensors[name + DIFF].to(p), alpha=strength)
+    changed = {name: p.detach() + tensors[name + DIFF].to(p) for name, p in touched.items()}
+    with exchanged(touched, changed):
         yield

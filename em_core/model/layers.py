@@ -1,82 +1,91 @@
-"""The cross-attention layers of a model, and which of them masks and losses are read from."""
+"""The attention layers that read the text, and which of them masks and losses are read from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from ..masks.resizing import Size
 
 LOSS_SIDE = 16
 
 
 @dataclass(frozen=True)
-class CrossAttentionLayer:
-    """A cross-attention layer of a UNet: `downscale` is latent side / map side (1, 2, 4, 8)."""
+class AttentionLayer:
+    """An attention layer of a model at one size of latents.
+
+    Attributes:
+        name: unique within the model.
+        size: height and width of its attention map.
+        localises: whether its maps tell where things are. The innermost block of a UNet does not
+            (Break-a-Scene reads the others alone); only VCD's mean over all layers includes it.
+        stream: the sequence of text tokens that it reads; see `Conditioning`.
+    """
 
     name: str
-    downscale: int
-    stage: str
+    size: Size
+    localises: bool = True
+    stream: str = "text"
 
-    def __post_init__(self) -> None:
-        if self.stage not in ("down", "mid", "up"):
-            raise ValueError(
-                f"Bad stage of layer {self.name}. Expected down, mid or up, got {self.stage}."
-            )
-
-
-def map_size(queries: int, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an attention map with `queries` pixels over a latent of `latent_size`.
-
-    UNets halve with stride-2 convolutions, so each side is rounded up at every halving.
-
-    Raises:
-        ValueError: no number of halvings gives `queries` pixels.
-    """
-    height, width = latent_size
-    while height * width > queries and height * width > 1:
-        height, width = -(-height // 2), -(-width // 2)
-    if height * width != queries:
-        raise ValueError(
-            f"Bad attention map. Expected a halving of {latent_size}, got {queries} pixels."
-        )
-    return height, width
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
 
 
-def choose_layers(
-    layers: Sequence[CrossAttentionLayer], keep: Callable[[CrossAttentionLayer], bool]
+def loss_layers(layers: Sequence[AttentionLayer]) -> tuple[str, ...]:
+    """The layers of the size nearest to 16x16 (Break-a-Scene's choice for Eq. 4)."""
+    sizes = [layer.size for layer in layers if layer.localises]
+    best = min(sizes, key=lambda size: abs((size[0] * size[1]) ** 0.5 - LOSS_SIDE), default=None)
+    return names_of(layers, lambda layer: layer.localises and layer.size == best)
+
+
+def mask_layers(layers: Sequence[AttentionLayer], all_layers: bool) -> tuple[str, ...]:
+    """The layers that masks are read from: all (VCD), or those at least as fine as the loss's."""
+    if all_layers:
+        return names_of(layers, lambda layer: True)
+    of_loss = set(loss_layers(layers))
+    least = min(layer.pixels for layer in layers if layer.name in of_loss)
+    return names_of(layers, lambda layer: layer.localises and layer.pixels >= least)
+
+
+def finest_size(layers: Sequence[AttentionLayer]) -> Size:
+    """The size at which maps of several layers are averaged: that of the finest."""
+    return max(layers, key=lambda layer: layer.pixels).size
+
+
+def names_of(
+    layers: Sequence[AttentionLayer], keep: Callable[[AttentionLayer], bool]
 ) -> tuple[str, ...]:
-    """Names of the layers that `keep` accepts, in network order.
+    """Names of the layers that `keep` accepts, in the model's order.
 
     Raises:
         ValueError: none is accepted.
     """
     names = tuple(layer.name for layer in layers if keep(layer))
     if not names:
-        raise ValueError(f"No cross-attention layer left of {[layer.name for layer in layers]}.")
+        raise ValueError(f"No attention layer left of {[layer.name for layer in layers]}.")
     return names
 
 
-def loss_layers(
-    layers: Sequence[CrossAttentionLayer], latent_size: tuple[int, int]
-) -> tuple[str, ...]:
-    """Down and up layers whose maps are nearest to 16x16 (Break-a-Scene's choice for Eq. 4)."""
-    side = (latent_size[0] * latent_size[1]) ** 0.5
-    scales = {layer.downscale for layer in layers if layer.stage != "mid"}
-    best = min(scales, key=lambda scale: abs(side / scale - LOSS_SIDE))
-    return choose_layers(layers, lambda layer: layer.downscale == best and layer.stage != "mid")
+def halved(size: Size, times: int) -> Size:
+    """A size after `times` convolutions of stride 2, each of which rounds up."""
+    height, width = size
+    for _ in range(times):
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
 
 
-def mask_layers(
-    layers: Sequence[CrossAttentionLayer], latent_size: tuple[int, int], all_layers: bool
-) -> tuple[str, ...]:
-    """Layers that masks are read from: all, or those at least as fine as the loss's."""
-    if all_layers:
-        return choose_layers(layers, lambda layer: True)
-    coarsest = set(loss_layers(layers, latent_size))
-    limit = max(layer.downscale for layer in layers if layer.name in coarsest)
-    return choose_layers(layers, lambda layer: layer.downscale <= limit and layer.stage != "mid")
+def size_of_map(pixels: int, nominal: Size) -> Size:
+    """The size of a map of so many pixels in a layer of `nominal` size.
 
+    A patch may have shrunk the layer's input by halves.
 
-def map_side(
-    latent_size: tuple[int, int], layers: Sequence[CrossAttentionLayer]
-) -> tuple[int, int]:
-    """Size at which maps are averaged: that of the finest layer."""
-    finest = min(layer.downscale for layer in layers)
-    return -(-latent_size[0] // finest), -(-latent_size[1] // finest)
+    Raises:
+        ValueError: no number of halvings gives so many pixels.
+    """
+    size = nominal
+    while size[0] * size[1] > pixels and size != (1, 1):
+        size = halved(size, 1)
+    if size[0] * size[1] != pixels:
+        raise ValueError(
+            f"Bad attention map. Expected a halving of {nominal}, got {pixels} pixels."
+        )
+    return size

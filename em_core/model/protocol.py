@@ -1,18 +1,37 @@
-"""The protocol of a latent diffusion model: all that the method needs to know of a host."""
+"""The protocol of a diffusion model: all that the method needs to know of a host."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
+from ..masks.resizing import Size
 from ..prompts import ConceptPrompt, ConceptVectors
-from .layers import CrossAttentionLayer
+from ..settings import WeightKind
+from .adapters import TrainableParts
+from .identity import ModelIdentity
+from .layers import AttentionLayer
 from .recording import AttentionRecorder
 from .schedules import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Where the concepts stand in one sequence of text tokens that attention layers read.
+
+    Attributes:
+        length: tokens of the sequence.
+        columns: per prompt, concept name -> positions at which its vectors stand.
+        end: per prompt, the position of the first end-of-text token.
+    """
+
+    length: int
+    columns: tuple[Mapping[str, tuple[int, ...]], ...]
+    end: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -20,59 +39,44 @@ class Conditioning:
     """Encoded prompts.
 
     Attributes:
-        y: [b, t, d] the sequence that cross-attention reads.
-        columns: per prompt, concept name -> positions in `y` at which its vectors stand.
-        end: per prompt, the position of the first end-of-text token.
-        extra: further tensors with leading axis b that the host's UNet needs (SDXL's pooled vector).
+        inputs: name -> tensor with leading axis b, for nobody but the host that made them.
+        streams: name -> where the concepts stand. A model with one sequence calls it "text".
     """
 
-    y: Float[Tensor, "b t d"]
-    columns: tuple[Mapping[str, tuple[int, ...]], ...]
-    end: tuple[int, ...]
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor]
+    streams: Mapping[str, TextStream]
 
     def rows(self, index: Sequence[int]) -> "Conditioning":
         """The conditioning with its prompts chosen, repeated or reordered by `index`."""
         i = list(index)
-        return Conditioning(
-            y=self.y[i],
-            columns=tuple(self.columns[j] for j in i),
-            end=tuple(self.end[j] for j in i),
-            extra={name: x[i] for name, x in self.extra.items()},
-        )
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What a concept file remembers of its base model.
-
-    Attributes:
-        family: readable name of the architecture, such as "sd1" or "sdxl".
-        architecture: hash of the names and shapes of all weights.
-        encoders: text encoder name -> width of its token vectors.
-        sample: [s] values read at fixed places of the weights; tells fine-tunes apart.
-    """
-
-    family: str
-    architecture: str
-    encoders: Mapping[str, int]
-    sample: Float[Tensor, " s"]
+        streams = {
+            name: replace(
+                stream,
+                columns=tuple(stream.columns[j] for j in i),
+                end=tuple(stream.end[j] for j in i),
+            )
+            for name, stream in self.streams.items()
+        }
+        return Conditioning({name: x[i] for name, x in self.inputs.items()}, streams)
 
 
 @runtime_checkable
 class DiffusionModel(Protocol):
-    """A text-to-image latent diffusion model, as a host presents it."""
+    """A text-to-image model of the latent diffusion or flow kind, as a host presents it."""
 
     schedule: NoiseSchedule
-    layers: tuple[CrossAttentionLayer, ...]
     device: torch.device
     image_side: int
     """Side in pixels of the pictures that the model was made for."""
     image_multiple: int
-    """Picture sides must be a multiple of this."""
+    """Sides of pictures must be a multiple of this."""
+
+    def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        """The attention layers that read text, in the model's order, for latents of this size."""
+        ...
 
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """Scaled latent (posterior mean) of pictures in -1..1."""
+        """Scaled latents (posterior means) of pictures in -1..1; any number of channels c."""
         ...
 
     def encode_prompts(
@@ -81,36 +85,55 @@ class DiffusionModel(Protocol):
         """Encode prompts with the concepts' vectors in place; differentiable in the vectors."""
         ...
 
-    def predict_noise(
-        self, Z_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
+    def predict(
+        self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        """Output of the UNet: eps, or v where the schedule says so."""
+        """The model's output in float32: an estimate of the schedule's target."""
         ...
 
     def record_attention(
         self, recorder: AttentionRecorder
     ) -> AbstractContextManager[AttentionRecorder]:
-        """Let the recorder see all cross-attention layers while the context is open."""
+        """Let the recorder see the attention layers while the context is open."""
         ...
 
     def initial_vectors(
         self, words: str, count: int | None, generator: torch.Generator
-    ) -> dict[str, Float[Tensor, "n d"]]:
-        """Encoder name -> start vectors from `words`, or random ones where `words` is empty.
+    ) -> dict[str, Float[Tensor, "_ _"]]:
+        """Encoder name -> start vectors [n, d] from `words`, random ones where `words` is empty.
 
-        There are `count` of them; None: as many as the words have pieces.
+        There are `count` of them, or with None as many as the words have pieces. Encoders may
+        differ in both n and d.
         """
         ...
 
-    def adaptable_layers(self) -> Mapping[str, nn.Linear]:
-        """Path -> linear layers that a LoRA acts on (attention of UNet and text encoders)."""
+    def trainable(
+        self,
+        kind: WeightKind,
+        values: Mapping[str, Tensor],
+        generator: torch.Generator,
+        rank: int = 4,
+        alpha: float = 4.0,
+    ) -> AbstractContextManager[TrainableParts]:
+        """Parts that act in the model and can be learned while the context is open.
+
+        The model is as it was afterwards, also after an exception.
+
+        Args:
+            kind: what is learned: "lora", "cross_attention" (keys and values) or "full".
+            values: of the parts' parameters, from an earlier context; empty for a fresh start.
+            generator: of the random values of a fresh start.
+            rank, alpha: of a LoRA, whose output is scaled by alpha / rank.
+        """
         ...
 
-    def weights(self, kind: Literal["cross_attention", "full"]) -> Mapping[str, nn.Parameter]:
-        """Path -> weights of the joint phase: keys and values of cross-attention, or all."""
+    def applied(
+        self, weights: Mapping[str, Tensor], lora_scale: float
+    ) -> AbstractContextManager[None]:
+        """Let learned weights (what :meth:`TrainableParts.learned` gave) act in the model."""
         ...
 
-    def generate(
+    def draw(
         self, prompt: ConceptPrompt, vectors: ConceptVectors, seeds: Sequence[int]
     ) -> Float[Tensor, "b 3 H W"]:
         """Pictures in 0..1, one per seed, by the host's own sampler."""

@@ -1,7 +1,7 @@
-"""Recording and aggregating the cross-attention of concept columns (VCD Eq. 2, softmax part).
+"""Recording the attention that pixels pay to the concepts' text tokens (VCD Eq. 2, softmax part).
 
-A host calls :meth:`AttentionRecorder.record` with the queries and keys of a cross-attention layer
-as they pass. Only the columns of the concepts are kept, averaged over heads; the attention output
+A host calls :meth:`AttentionRecorder.record` with the queries and keys of an attention layer as
+they pass. Only the columns of the concepts are kept, averaged over heads; the attention's output
 itself is computed elsewhere, by whatever kernel the host uses.
 """
 
@@ -11,36 +11,37 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..masks.resizing import resize_maps
+from ..masks.resizing import Size, resize_maps
 from .columns import column_probabilities
+from .layers import AttentionLayer, size_of_map
 
 AttentionMaps = dict[str, Tensor]
 
 
 @dataclass
 class AttentionRecorder:
-    """Collects head-averaged attention probabilities of chosen prompt columns, layer by layer.
+    """Collects head-averaged attention probabilities of chosen text columns, layer by layer.
 
     Attributes:
-        select: [b, k, t] weights over the t prompt positions; see :func:`select_columns`.
-        latent_size: (height, width) of the latent that the UNet gets.
-        layers: names of the layers to record; None records all that report.
+        select: stream -> [b, k, t] averaging weights over its t text positions; see
+            :func:`em_core.model.columns.select_columns`.
+        layers: name -> the layers to record.
         grad: keep the graph, so that losses on the maps reach the concept vectors.
         maps: layer name -> [b, k, h, w], values in 0..1, filled during the forward pass.
     """
 
-    select: Float[Tensor, "b k t"]
-    latent_size: tuple[int, int]
-    layers: frozenset[str] | None = None
+    select: Mapping[str, Float[Tensor, "b k _t"]]
+    layers: Mapping[str, AttentionLayer]
     grad: bool = False
     maps: AttentionMaps = field(default_factory=dict)
 
     def wants(self, layer: str) -> bool:
         """Whether `layer` is to be recorded."""
-        return self.layers is None or layer in self.layers
+        return layer in self.layers
 
     def record(
         self,
@@ -48,15 +49,25 @@ class AttentionRecorder:
         q: Float[Tensor, "b q c"],
         k: Float[Tensor, "b t c"],
         heads: int,
+        others: Float[Tensor, "b n c"] | None = None,
     ) -> None:
-        """Keep softmax(q k^T / sqrt(d_head)) of the selected columns, averaged over heads.
+        """Keep the selected columns' attention probabilities, averaged over heads.
 
-        The softmax runs in float32 whatever the weights' type.
+        Args:
+            layer: name of the layer.
+            q: queries of the pixels.
+            k: keys of the text; tokens that a patch has appended take part in the softmax alone.
+            heads: number of heads that c is divided into.
+            others: further keys under the same softmax: the image's own in joint attention. None
+                for cross-attention, whose softmax is over the text alone.
         """
         if not self.wants(layer):
             return
+        of = self.layers[layer]
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            self.maps[layer] = column_probabilities(q, k, self.select, heads, self.latent_size)
+            maps = column_probabilities(q, k, self.select[of.stream], heads, others)
+            height, _ = size_of_map(q.shape[1], of.size)
+            self.maps[layer] = rearrange(maps, "b k (h w) -> b k h w", h=height)
 
 
 @contextmanager
@@ -90,9 +101,9 @@ def listening(
 
 
 def mean_maps(
-    maps: Mapping[str, Float[Tensor, "b k _h _w"]], layers: Iterable[str], size: tuple[int, int]
+    maps: Mapping[str, Float[Tensor, "b k _h _w"]], layers: Iterable[str], size: Size
 ) -> Float[Tensor, "b k h w"]:
-    """Mean over `layers`, each map resized to `size` (bilinear) first.
+    """Mean over `layers`, each map resized to `size` first.
 
     Raises:
         KeyError: a layer was not recorded.

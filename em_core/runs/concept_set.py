@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..method.joint import learned_weights
 from ..method.problem import Problem
-from ..method.state import Curves, RunState, below
-from ..model.protocol import ModelIdentity
+from ..method.state import Curves, RunState
+from ..model.identity import ModelIdentity
 from ..prompts import Concept
 from ..settings import to_json
 
@@ -53,7 +53,7 @@ class ConceptSet:
     def names(self) -> tuple[str, ...]:
         return tuple(concept.name for concept in self.concepts)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the concept file, whole or not at all."""
         tensors = {f"vectors/{c}/{e}": v for c, of in self.vectors.items() for e, v in of.items()}
         tensors |= {f"weights/{name}": w for name, w in self.weights.items()}
@@ -71,16 +71,16 @@ class ConceptSet:
             "settings": self.settings,
             "curves": self.curves,
         }
-        write_tensors(path, tensors, KIND, plain)
+        write_tensors(Path(path), tensors, KIND, plain)
 
     @classmethod
-    def load(cls, path: Path) -> "ConceptSet":
+    def load(cls, path: Path | str) -> "ConceptSet":
         """Read a concept file.
 
         Raises:
             UserError: no such file, damaged, of another kind, or incomplete.
         """
-        tensors, plain = read_tensors(path, KIND)
+        tensors, plain = read_tensors(Path(path), KIND)
         try:
             return cls.from_parts(tensors, plain)
         except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +107,10 @@ class ConceptSet:
             prompts=tuple(plain["prompts"]),
             masks=tuple(below(tensors, f"masks/{i}/") for i in range(count)),
             settings=plain["settings"],
-            curves={name: [(s, v) for s, v in points] for name, points in plain["curves"].items()},
+            curves={
+                name: tuple((step, value) for step, value in points)
+                for name, points in plain["curves"].items()
+            },
         )
 
     def require_fit(self, identity: ModelIdentity, *, any_weights: bool = False) -> None:
@@ -139,14 +142,19 @@ class ConceptSet:
         warnings.warn(message, stacklevel=2)
 
 
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 def conclude(problem: Problem, state: RunState) -> ConceptSet:
     """The concepts as a run's state holds them."""
     joint = problem.joint
     return ConceptSet(
         concepts=problem.concepts,
         vectors={
-            c: {e: v.detach().cpu().clone() for e, v in of.items()}
-            for c, of in state.vectors.items()
+            concept: {encoder: v.detach().cpu().clone() for encoder, v in by_encoder.items()}
+            for concept, by_encoder in state.vectors.items()
         },
         identity=problem.host.identity(),
         weights={name: w.cpu() for name, w in learned_weights(problem, state).items()},

@@ -1,4 +1,4 @@
-"""A hash of all that a run depends on, so that a state continues only its own run."""
+"""A hash of all that a run depends on, so that results and states belong to one run alone."""
 
 import hashlib
 import json
@@ -7,17 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..examples import Example
-from ..model.protocol import ModelIdentity
+from ..model.identity import ModelIdentity
 from ..settings import EMSettings, JointSettings, to_json
 
 
 def run_key(
-    identity: ModelIdentity, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
+    model: str, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
 ) -> str:
-    """Hex digest over the model, the pictures, prompts, masks and settings."""
-    digest = hashlib.sha256()
-    digest.update(identity.architecture.encode())
-    digest.update(identity.sample.cpu().float().numpy().tobytes())
+    """Hex digest over a digest of the model, the pictures, prompts, masks and settings."""
+    digest = hashlib.sha256(model.encode())
     digest.update(json.dumps([to_json(settings), to_json(joint)], sort_keys=True).encode())
     for example in examples:
         digest.update(str(example.prompt).encode())
@@ -25,3 +23,9 @@ def run_key(
         for name, mask in (*sorted(example.masks.items()), *sorted(example.truth.items())):
             digest.update(name.encode() + np.packbits(mask.cpu().numpy()).tobytes())
     return digest.hexdigest()
+
+
+def model_digest(identity: ModelIdentity) -> str:
+    """Hex digest of a model's shapes and of the values that its identity samples."""
+    sample = identity.sample.cpu().float().numpy().tobytes()
+    return hashlib.sha256(identity.architecture.encode() + sample).hexdigest()

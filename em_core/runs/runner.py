@@ -2,62 +2,79 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
 from types import FrameType
 
-from ..errors import TrainingError
 from ..method.joint import learn_joint
-from ..method.loop import StepEvent, learn
+from ..method.loop import Step, StepEvent, learn
 from ..method.problem import Problem
 from ..method.state import RunState
+from .state_file import StateFile
 
 Listener = Callable[[StepEvent, RunState], None]
 SAVE_SECONDS = 20.0
 SAVE_SHARE = 10  # a large state: at most a tenth of the time goes into writing it
 
 
+def steps(problem: Problem, start: RunState) -> Generator[Step, None, None]:
+    """What is left of both phases, step by step."""
+    state = start
+    for event, after in learn(problem, start):
+        state = after
+        yield event, state
+    yield from learn_joint(problem, state)
+
+
+def finished(problem: Problem, state: RunState) -> bool:
+    """Whether nothing is left to do."""
+    joint = problem.joint
+    if joint.kind == "none":
+        return state.step >= problem.settings.steps
+    return state.phase == "joint" and state.step >= joint.steps
+
+
 def run(
     problem: Problem,
     state: RunState,
     listeners: Sequence[Listener] = (),
-    state_file: Path | None = None,
+    file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Run what is left of both phases; True when all is done, False when `stop` asked to end.
+) -> RunState:
+    """Run what is left of both phases, or until `stop` asks to end; gives the last state.
 
-    The state goes to `state_file` every 20 seconds (less often where writing takes long), before the
-    joint phase, when stopped, and when training fails.
+    The state goes to `file` every 20 seconds (less often where writing takes long), before the
+    joint phase, and when the run stops for whatever reason: every step is whole or did not happen.
 
     Raises:
-        TrainingError: a loss is not finite; the last good state is in `state_file`.
+        TrainingError: a loss is not finite; the last good state is in `file`.
     """
-    saved, took = time.monotonic(), 0.0
+    saved, took, moved = time.monotonic(), 0.0, False
+    left = steps(problem, state)
     try:
-        for event in chain(learn(problem, state), learn_joint(problem, state)):
+        for event, state in left:
+            moved = True
             for listen in listeners:
                 listen(event, state)
             if stop():
-                save(state, state_file)
-                return False
+                break
             now = time.monotonic()
-            ends = event.phase == "em" and state.finished and problem.joint.kind != "none"
-            if ends or now - saved > max(SAVE_SECONDS, SAVE_SHARE * took):
-                save(state, state_file)
+            ends = (
+                event.phase == "em" and event.step == event.steps and problem.joint.kind != "none"
+            )
+            if file and (ends or now - saved > max(SAVE_SECONDS, SAVE_SHARE * took)):
+                file.save(state)
                 saved = time.monotonic()
                 took = saved - now
-    except TrainingError:
-        save(state, state_file)
+    except BaseException:  # an interrupt of ComfyUI is no Exception in its newer versions
+        if file and moved:
+            file.save(state)
         raise
-    return True
-
-
-def save(state: RunState, state_file: Path | None) -> None:
-    """Write the state where a file is asked for."""
-    if state_file is not None:
-        state.to_file(state_file)
+    finally:
+        left.close()
+    if file and not finished(problem, state):
+        file.save(state)
+    return state
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from ..method.problem import Problem
 from ..method.state import Curves, RunState
 
 
-def curves_of(curves: Curves, kind: str) -> dict[str, list[tuple[int, float]]]:
+def curves_of(curves: Curves, kind: str) -> dict[str, tuple[tuple[int, float], ...]]:
     """The curves named `<kind>/<name>`, by name."""
     prefix = kind + "/"
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...em_core.errors import UserError
 from ...em_core.runs.concept_set import ConceptSet
 from ..exports import lora_tensors
-from .families import encoder_width, text_encoders
+from .families import encoder_widths, text_encoders
 from .layout import laid_out_model, noting_clip
 from .text import require_same_count, with_concepts, word_vectors
 
@@ -21,7 +21,7 @@ def require_same_family(concepts: ConceptSet, clip: Any) -> None:
     Raises:
         UserError: their vectors do not fit the CLIP's text encoders.
     """
-    ours = {name: encoder_width(e) for name, e in text_encoders(clip).items()}
+    ours = encoder_widths(clip)
     theirs = dict(concepts.identity.encoders)
     if ours != theirs:
         raise UserError(

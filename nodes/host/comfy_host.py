@@ -2,26 +2,33 @@
 
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import merge_nested_dicts
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...em_core.errors import UserError
-from ...em_core.model.protocol import Conditioning, ModelIdentity
+from ...em_core.masks.resizing import Size
+from ...em_core.model.adapters import TrainableParts, trainable_lora, trainable_weights
+from ...em_core.model.identity import ModelIdentity
+from ...em_core.model.layers import AttentionLayer
+from ...em_core.model.protocol import Conditioning, TextStream
 from ...em_core.model.recording import AttentionRecorder
+from ...em_core.model.schedules import NoiseSchedule
 from ...em_core.model.vectors import random_vectors
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
-from .attention import describe_layers, record_attention
+from ...em_core.settings import WeightKind
+from ..exports import loadable
+from .attention import attention_layers, block_levels, record_attention
 from .copies import private_copies
-from .families import encoder_width, identify, noise_schedule, text_encoders
-from .identity import model_identity
+from .families import GraphModels, noise_schedule, prediction
 from .text import (
     find_columns,
     keep_saved,
@@ -44,25 +51,26 @@ class ComfyHost:
     """The protocol :class:`em_core.model.protocol.DiffusionModel` over ComfyUI.
 
     Attributes:
-        model: the MODEL's patcher with all that the graph has put on it.
-        clip, vae: likewise.
+        models: what the graph gives, identified.
         learning: the weights are private copies with gradients; False: the user's own, to read only.
     """
 
-    def __init__(self, model: Any, clip: Any, vae: Any, learning: bool = False) -> None:
-        self.model, self.clip, self.vae, self.learning = model, clip, vae, learning
-        self.family = identify(model, clip)
-        self.unet = model.model.diffusion_model
-        self.encoders = text_encoders(clip)
-        self.device = torch.device(model.load_device)
-        self.schedule = noise_schedule(model)
-        self.layers = describe_layers(self.unet)
-        self.image_side = self.family.image_side
-        self.factor = int(vae.spacial_compression_encode())
-        self.image_multiple = self.factor * max(layer.downscale for layer in self.layers)
-        self.sigmas = model.get_model_object("model_sampling").sigmas.detach().clone().float()
+    def __init__(self, models: GraphModels, learning: bool = False) -> None:
+        self.models, self.learning = models, learning
+        self.model, self.clip, self.vae = models.model, models.clip, models.vae
+        self.unet = self.model.model.diffusion_model
+        self.device = torch.device(self.model.load_device)
+        self.schedule: NoiseSchedule = noise_schedule(self.model)
+        self.image_side = models.image_side
+        deepest = max(block_levels(self.unet).values())
+        self.image_multiple = models.factor * 2**deepest
+        sampling = self.model.get_model_object("model_sampling")
+        self.sigmas = sampling.sigmas.detach().clone().float()
         self.loaded = False
         self._identity: ModelIdentity | None = None
+
+    def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        return attention_layers(self.unet, latent_size)
 
     def load(self) -> None:
         """Bring MODEL and CLIP onto the device together, so that neither pushes the other out."""
@@ -88,7 +96,7 @@ class ComfyHost:
         """
         self.load()
         require_same_count(vectors)
-        tokenizer = with_concepts(self.clip.tokenizer, vectors, tuple(self.encoders))
+        tokenizer = with_concepts(self.clip.tokenizer, vectors, tuple(self.models.encoders))
         texts = [prompt_text(prompt, vectors) for prompt in prompts]
         tokens = {text: tokenize(tokenizer, text) for text in dict.fromkeys(texts)}
         chunks = max(len(rows) for of in tokens.values() for rows in of.values())
@@ -97,12 +105,10 @@ class ComfyHost:
             encoded[text] = self.encode_tokens(pad_chunks(of, tokenizer, chunks))
             places[text] = find_columns(of, tokenizer, vectors)
         pooled = [encoded[text][1] for text in texts if encoded[text][1] is not None]
-        return Conditioning(
-            y=torch.cat([encoded[text][0] for text in texts]),
-            columns=tuple(places[text][0] for text in texts),
-            end=tuple(places[text][1] for text in texts),
-            extra={"pooled": torch.cat(pooled)} if pooled else {},
-        )
+        y = torch.cat([encoded[text][0] for text in texts])
+        columns, end = zip(*(places[text] for text in texts), strict=True)
+        inputs = {"y": y} | ({"pooled": torch.cat(pooled)} if pooled else {})
+        return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
 
     def encode_tokens(self, tokens: Any) -> tuple[Tensor, Tensor | None]:
         """The encoded sequence [1, t, d] and the pooled vector, as CLIP.encode_from_tokens gives them."""
@@ -116,8 +122,8 @@ class ComfyHost:
         y = y.to(self.device).float()
         return y, None if pooled is None else pooled.to(self.device).float()
 
-    def predict_noise(
-        self, Z_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
+    def predict(
+        self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         """Output of the UNet with everything that is patched around it.
 
@@ -125,12 +131,12 @@ class ComfyHost:
         """
         mm.throw_exception_if_processing_interrupted()
         self.load()
-        sigma = self.sigmas.to(t.device)[t]
+        sigma = self.sigmas.to(t.device)[t.long()]
         wide = sigma[:, None, None, None]
         root = (wide**2 + 1).sqrt()
         x = Z_t.float() * root
         x_0 = self.apply(x, sigma, conditioning).float()
-        if self.schedule.prediction == "epsilon":
+        if prediction(self.model) == "epsilon":
             return (x - x_0) / wide
         return (x / root**2 - x_0) * root / wide
 
@@ -138,7 +144,7 @@ class ComfyHost:
         """x_0, by the way a sampler of ComfyUI takes through the wrappers and patches of other packs."""
         options = self.model.model_options
         given = {
-            "c_crossattn": conditioning.y,
+            "c_crossattn": conditioning.inputs["y"],
             "transformer_options": self.transformer_options(sigma),
         }
         given |= self.size_conditioning(x, conditioning)
@@ -167,10 +173,10 @@ class ComfyHost:
 
     def size_conditioning(self, x: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
         """SDXL's vector of the pooled text and the picture's size; nothing for the others."""
-        if self.family.name != "sdxl":
+        if self.models.family != "sdxl":
             return {}
-        height, width = x.shape[-2] * self.factor, x.shape[-1] * self.factor
-        pooled = conditioning.extra["pooled"]
+        height, width = x.shape[-2] * self.models.factor, x.shape[-1] * self.models.factor
+        pooled = conditioning.inputs["pooled"]
         y = self.model.model.encode_adm(
             pooled_output=pooled, height=height, width=width, device=self.device
         )
@@ -186,9 +192,9 @@ class ComfyHost:
     ) -> dict[str, Float[Tensor, "n d"]]:
         """Vectors of the words' pieces, or random ones with the table's mean and deviation."""
         found = {}
-        first = next(iter(self.encoders))
+        first = next(iter(self.models.encoders))
         count = count or max(1, len(pieces(self.clip.tokenizer, first, words)))
-        for name in self.encoders:
+        for name in self.models.encoders:
             vectors = word_vectors(self.clip, name, words, count)
             if vectors is None:
                 vectors = random_vectors(token_table(self.clip, name), count, generator)
@@ -204,26 +210,60 @@ class ComfyHost:
         named = {f"{UNET}.{n}": p for n, p in self.unet.named_parameters()}
         return named | dict(self.clip.cond_stage_model.named_parameters())
 
+    def trainable(
+        self,
+        kind: WeightKind,
+        values: Mapping[str, Tensor],
+        generator: torch.Generator,
+        rank: int = 4,
+        alpha: float = 4.0,
+    ) -> AbstractContextManager[TrainableParts]:
+        if kind == "lora":
+            return trainable_lora(self.adaptable_layers(), values, generator, rank, alpha)
+        return trainable_weights(self.weights(kind), values)
+
     def adaptable_layers(self) -> dict[str, nn.Linear]:
+        """Path -> linear layers that a LoRA acts on: the attention of UNet and text encoders."""
         found = {f"{UNET}.{n}": m for n, m in self.unet.named_modules()}
         found |= dict(self.clip.cond_stage_model.named_modules())
         return {n: m for n, m in found.items() if isinstance(m, nn.Linear) and ADAPTABLE.search(n)}
 
-    def weights(self, kind: Literal["cross_attention", "full"]) -> dict[str, nn.Parameter]:
+    def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
+        """Path -> the keys and values of cross-attention, or all weights that take part."""
         named = self.named_weights()
         if kind == "cross_attention":
             return {n: p for n, p in named.items() if CROSS_ATTENTION.search(n)}
         return {n: p for n, p in named.items() if not NO_PART.search(n)}
 
+    @contextmanager
+    def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
+        """Let learned weights act as ComfyUI's own LoRA loader applies them."""
+        if not weights:
+            yield
+            return
+        import comfy.sd
+
+        own = self.model, self.clip
+        lora = loadable(weights, lora_scale, self.models.family == "sdxl")
+        try:
+            self.model, self.clip = comfy.sd.load_lora_for_models(*own, lora, 1.0, 1.0)
+            self.loaded = False
+            yield
+        finally:
+            self.model.cleanup()
+            self.model, self.clip = own
+            self.loaded = False
+
     def identity(self) -> ModelIdentity:
         if self._identity is None:
             self.load()
-            widths = {name: encoder_width(e) for name, e in self.encoders.items()}
-            self._identity = model_identity(self.family.name, widths, self.named_weights())
+            self._identity = ModelIdentity.of_weights(
+                self.models.family, self.models.encoders, self.named_weights()
+            )
         return self._identity
 
     @torch.no_grad()
-    def generate(
+    def draw(
         self, prompt: ConceptPrompt, vectors: ConceptVectors, seeds: Sequence[int]
     ) -> Float[Tensor, "b 3 H W"]:
         """Pictures in 0..1, one per seed, by ComfyUI's Euler sampler."""
@@ -233,11 +273,11 @@ class ComfyHost:
             self.sampler_conditioning(p, of)
             for p, of in ((prompt, vectors), (ConceptPrompt(()), {}))
         ]
-        side = self.image_side // self.factor
+        side = self.image_side // self.models.factor
         pictures = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(1, 4, side, side, generator=generator)
+            noise = torch.randn(1, self.models.channels, side, side, generator=generator)
             latent = comfy.sample.sample(
                 self.model, noise, 20, 5.0, "euler", "normal", *conds, torch.zeros_like(noise),
                 disable_pbar=True, seed=seed,
@@ -249,7 +289,7 @@ class ComfyHost:
     def sampler_conditioning(self, prompt: ConceptPrompt, vectors: ConceptVectors) -> list:
         """A CONDITIONING as ComfyUI's samplers take it."""
         encoded = self.encode_prompts([prompt], vectors)
-        return [[encoded.y, {"pooled_output": encoded.extra.get("pooled")}]]
+        return [[encoded.inputs["y"], {"pooled_output": encoded.inputs.get("pooled")}]]
 
 
 def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
@@ -268,7 +308,7 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
 
 @contextmanager
 def learning_host(
-    model: Any, clip: Any, vae: Any, dtype: torch.dtype, clip_dtype: torch.dtype | None = None
+    models: GraphModels, dtype: torch.dtype, clip_dtype: torch.dtype | None = None
 ) -> Iterator[ComfyHost]:
     """A host to learn on: private copies of the weights as the graph has patched them.
 
@@ -279,10 +319,9 @@ def learning_host(
     Raises:
         UserError: MODEL or CLIP cannot be learned on.
     """
-    identify(model, clip)
-    with private_copies(model, clip, dtype, clip_dtype) as (own_model, own_clip):
-        host = ComfyHost(own_model, own_clip, vae, learning=True)
+    with private_copies(models.model, models.clip, dtype, clip_dtype) as (model, clip):
+        host = ComfyHost(replace(models, model=model, clip=clip), learning=True)
         try:
             yield host
         finally:
-            host.model = host.clip = host.unet = host.encoders = None
+            host.models = host.model = host.clip = host.unet = None

@@ -1,5 +1,6 @@
 """Which of ComfyUI's models can be learned on, and clear refusals of the others."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 
 from ...em_core.errors import UserError
-from ...em_core.model.schedules import NoiseSchedule, Prediction
+from ...em_core.model.schedules import Prediction, VariancePreserving
 
 SUPPORTED = "Stable Diffusion 1.x, Stable Diffusion 2.x and SDXL checkpoints"
 NAMES = {("clip_l",): "sd1", ("clip_h",): "sd2", ("clip_l", "clip_g"): "sdxl"}
@@ -19,18 +20,26 @@ IMAGE_SIDE = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 
 
 @dataclass(frozen=True)
-class Family:
-    """What kind of model it is.
+class GraphModels:
+    """The MODEL, CLIP and VAE of a graph, identified once and then passed on.
 
     Attributes:
-        name: "sd1", "sd2", "sdxl", or "sd-<text width>" for a small model of the first kind.
-        encoders: names of its text encoders, as embedding files call them.
-        image_side: side in pixels of the pictures that it was made for.
+        model, clip, vae: as the graph gives them, with all patches.
+        family: "sd1", "sd2", "sdxl", or "sd-<text width>" for a small model of the first kind.
+        encoders: text encoder, as embedding files call it -> width of its token vectors.
+        image_side: side in pixels of the pictures that the MODEL was made for.
+        factor: pixels of a picture for each of its latent's, along a side.
+        channels: of a latent.
     """
 
-    name: str
-    encoders: tuple[str, ...]
+    model: Any
+    clip: Any
+    vae: Any
+    family: str
+    encoders: Mapping[str, int]
     image_side: int
+    factor: int
+    channels: int
 
 
 def text_encoders(clip: Any) -> dict[str, SDClipModel]:
@@ -54,9 +63,16 @@ def text_encoders(clip: Any) -> dict[str, SDClipModel]:
     return {name: parts[name] for name in known}
 
 
-def encoder_width(encoder: SDClipModel) -> int:
-    """Width of an encoder's token vectors."""
-    return encoder.transformer.get_input_embeddings().weight.shape[1]
+def encoder_widths(clip: Any) -> dict[str, int]:
+    """Text encoder name -> width of its token vectors.
+
+    Raises:
+        UserError: the CLIP is of a family that is not supported.
+    """
+    return {
+        name: encoder.transformer.get_input_embeddings().weight.shape[1]
+        for name, encoder in text_encoders(clip).items()
+    }
 
 
 def require_unet(model: Any) -> None:
@@ -78,30 +94,38 @@ def require_unet(model: Any) -> None:
         )
 
 
-def identify(model: Any, clip: Any) -> Family:
-    """The family of a MODEL and its CLIP.
+def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
+    """What kind of models these are.
 
     Raises:
-        UserError: either is not supported, or they do not belong together.
+        UserError: one is not supported, or they do not belong together.
     """
     require_unet(model)
-    encoders = text_encoders(clip)
+    widths = encoder_widths(clip)
     read = next(
         m.to_k.weight.shape[1]
         for n, m in model.model.diffusion_model.named_modules()
         if n.endswith("attn2")
     )
-    given = sum(encoder_width(encoder) for encoder in encoders.values())
+    given = sum(widths.values())
     if read != given:
         raise UserError(
             f"MODEL and CLIP are of different families: the MODEL reads text vectors of width {read}, "
             f"the CLIP gives {given}. Load both from one checkpoint."
         )
-    name = NAMES[tuple(encoders)]
-    if name == "sd1" and given != TEXT_WIDTH[name]:
-        return Family(f"sd-{given}", tuple(encoders), 64)
+    family, side = family_of(model, widths)
+    factor = int(vae.spacial_compression_encode())
+    channels = int(model.model.latent_format.latent_channels)
+    return GraphModels(model, clip, vae, family, widths, side, factor, channels)
+
+
+def family_of(model: Any, widths: Mapping[str, int]) -> tuple[str, int]:
+    """Name of the family, and the side of the pictures that the MODEL was made for."""
+    name, width = NAMES[tuple(widths)], sum(widths.values())
+    if name == "sd1" and width != TEXT_WIDTH[name]:
+        return f"sd-{width}", 64
     side = 768 if name == "sd2" and prediction(model) == "v_prediction" else IMAGE_SIDE[name]
-    return Family(name, tuple(encoders), side)
+    return name, side
 
 
 def prediction(model: Any) -> Prediction:
@@ -125,11 +149,11 @@ def prediction(model: Any) -> Prediction:
     return way
 
 
-def noise_schedule(model: Any) -> NoiseSchedule:
+def noise_schedule(model: Any) -> VariancePreserving:
     """The MODEL's forward process: alpha_bar = 1 / (1 + sigma^2)."""
     sigmas = model.get_model_object("model_sampling").sigmas
     alphas = 1 / (1 + sigmas.detach().clone().double() ** 2)
-    return NoiseSchedule(alphas.float(), prediction(model))
+    return VariancePreserving(alphas.float(), prediction(model))
 
 
 def require_plain_weights(module: torch.nn.Module, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model is: for concept files its shape and a few values, for runs a digest of all that acts."""
+"""A digest of a graph's models and of all that acts on them: what a run's key says of the model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,23 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...em_core.model.protocol import ModelIdentity
+from .families import GraphModels
 
 SAMPLES = 64
 DEPTH = 12
-
-
-def model_identity(
-    family: str, encoders: Mapping[str, int], weights: Mapping[str, nn.Parameter]
-) -> ModelIdentity:
-    """Identity of the weights as they act now (with the graph's LoRAs in them)."""
-    names = sorted(weights)
-    shapes = "\n".join(f"{name} {tuple(weights[name].shape)}" for name in names)
-    flat = [weights[name].detach().reshape(-1) for name in names]
-    sample = torch.stack([x[len(x) // 2].float().cpu() for x in flat])
-    return ModelIdentity(
-        family, hashlib.sha256(shapes.encode()).hexdigest(), encoders, sample.clone()
-    )
 
 
 class Digest:
@@ -107,3 +94,10 @@ def patcher_digest(patcher: Any) -> str:
     for part in (patcher.object_patches, patcher.wrappers, patcher.injections):
         digest.add(part)
     return digest.hash.hexdigest()
+
+
+def models_digest(models: GraphModels) -> str:
+    """Digest of MODEL, CLIP and VAE with all that acts on them."""
+    patchers = (models.model, models.clip.patcher, models.vae.patcher)
+    parts = [*map(patcher_digest, patchers), str(models.clip.layer_idx)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

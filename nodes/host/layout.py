@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ...em_core.model.layers import map_size
+from ...em_core.model.layers import size_of_map
 from ...em_core.prompts import ConceptVectors
 from .attention import cross_attention_modules
 from .text import find_columns
@@ -99,7 +99,7 @@ def attend_inside(
 
         if note is None:
             return plain() if before is None else before(q, k, v, options)
-        size = map_size(q.shape[1], tuple(options["original_shape"][-2:]))
+        size = size_of_map(q.shape[1], tuple(options["original_shape"][-2:]))
         inside = plain(shut_off(note, masks, size, k.shape[1]).to(q))
         return inside if before is None else before(q, k, v, options) + inside - plain()
 

@@ -9,6 +9,7 @@ import torch
 
 from ...em_core.errors import UserError
 from ...em_core.settings import EMSettings, JointSettings, WeightKind
+from ..host.families import GraphModels
 
 GIB = 2**30
 
@@ -77,13 +78,14 @@ def weight_type(plan: Plan, model: Any) -> torch.dtype:
     return torch.bfloat16 if half and mm.should_use_bf16(model.load_device) else torch.float32
 
 
-def estimate(model: Any, clip: Any, plan: Plan, em: EMSettings, side: int, factor: int) -> float:
+def estimate(models: GraphModels, plan: Plan, em: EMSettings) -> float:
     """About how many bytes a run takes on the device: weights, and activations with gradients."""
-    size = weight_type(plan, model).itemsize
-    weights = size * sum(p.numel() for p in model.model.parameters())
-    weights += sum(p.numel() * p.element_size() for p in clip.patcher.model.parameters())
-    latent = [min(em.batch, plan.batch), 4, side // factor, side // factor]
-    forward = model.model.memory_required(latent)
+    size = weight_type(plan, models.model).itemsize
+    weights = size * sum(p.numel() for p in models.model.model.parameters())
+    weights += sum(p.numel() * p.element_size() for p in models.clip.patcher.model.parameters())
+    side = (em.image_side or models.image_side) // models.factor
+    latent = [min(em.batch, plan.batch), models.channels, side, side]
+    forward = models.model.model.memory_required(latent)
     return weights + forward * (CHECKPOINTED if plan.checkpointing else ACTIVATIONS)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 
+from ...em_core.masks.resizing import resize_picture
 from ...em_core.method.loop import StepEvent
-from ...em_core.method.problem import Problem
 from ...em_core.method.state import RunState
+from ...em_core.pictures import Picture
+from ...em_core.settings import EMSettings, JointSettings
 from ...em_core.show.drawing import overlay
 
 SECONDS = 0.5
@@ -18,21 +20,26 @@ SIDE = 320
 
 @dataclass
 class NodeProgress:
-    """A listener that moves the node's bar each step and shows the masks at most twice a second."""
+    """A listener that moves the node's bar each step and shows the masks at most twice a second.
 
-    problem: Problem
+    Attributes:
+        picture: the first example's.
+        em, joint: the run's settings.
+    """
+
+    picture: Picture
+    em: EMSettings
+    joint: JointSettings
     shown: float = 0.0
     bar: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        joint = self.problem.joint
-        self.em_steps = self.problem.settings.steps
-        self.total = self.em_steps + (joint.steps if joint.kind != "none" else 0)
+        self.total = self.em.steps + (self.joint.steps if self.joint.kind != "none" else 0)
         self.bar = comfy.utils.ProgressBar(self.total)
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
         """Show an event; raises ComfyUI's interrupt where the user asked for it."""
-        done = event.step + (self.em_steps if event.phase == "joint" else 0)
+        done = event.step + (self.em.steps if event.phase == "joint" else 0)
         self.bar.update_absolute(done, self.total, self.preview(state))
         mm.throw_exception_if_processing_interrupted()
 
@@ -42,12 +49,7 @@ class NodeProgress:
         if now - self.shown < SECONDS:
             return None
         self.shown = now
-        picture = self.problem.pictures[0]
-        small = picture.example.picture
         labels = state.pictures[0].labels
-        if tuple(small.shape[-2:]) != tuple(labels.shape[-2:]):
-            from ...em_core.masks.resizing import resize_picture
-
-            small = resize_picture(small, picture.size)
-        image = overlay(small, labels, max(1, SIDE // max(labels.shape[-2:])))
-        return ("JPEG", image, 512)
+        height, width = labels.shape[-2:]
+        small = resize_picture(self.picture, (height, width))
+        return ("JPEG", overlay(small, labels, max(1, SIDE // max(height, width))), 512)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from ...hosts.diffusers import record_attention
+from ...hosts.diffusers import attention_layers, record_attention
 from ...model.columns import select_columns
 from ...model.recording import AttentionRecorder
 from ..captions import Caption, Look, bare_caption, full_caption
@@ -70,10 +70,10 @@ def noun_maps(
 ) -> dict[str, Float[Tensor, "k h w"]]:
     """Attention of the caption's nouns in every layer, mean over `STEPS`."""
     count = len(STEPS)
-    recorder = AttentionRecorder(
-        select_columns([[[at + 1] for at in caption.nouns]] * count, 77), latent_size=(16, 16)
-    )
+    select = select_columns([[[at + 1] for at in caption.nouns]] * count, 77)
     z = encode_scenes(pipeline, [scene]).repeat(count, 1, 1, 1)
+    layers = attention_layers(pipeline.unet, (z.shape[-2], z.shape[-1]))
+    recorder = AttentionRecorder({"text": select}, {layer.name: layer for layer in layers})
     y = encode_text(pipeline, [caption]).repeat(count, 1, 1)
     t = torch.tensor(STEPS)
     a = noise_schedule()[t][:, None, None, None]

@@ -1,0 +1,115 @@
+"""Learning concepts from beginning to end: the library's main entry."""
+
+from collections.abc import Iterator, Sequence
+
+from ..errors import UserError
+from ..examples import Example
+from ..method.loop import StepEvent
+from ..method.problem import Problem, prepare
+from ..method.start import initialise
+from ..method.state import RunState
+from ..model.protocol import DiffusionModel
+from ..presets import em_settings
+from ..settings import EMSettings, JointSettings
+from .concept_set import ConceptSet, conclude
+from .key import model_digest, run_key
+from .runner import Listener, run, steps
+from .state_file import StateFile
+from .store import RunStore
+
+
+class Learning(Iterator[StepEvent]):
+    """A run that is iterated over: an event per step; `concepts()` gives what it has learned so far.
+
+    Attributes:
+        problem: what it works on.
+        state: after the latest step.
+    """
+
+    def __init__(self, problem: Problem, state: RunState) -> None:
+        self.problem, self.state = problem, state
+        self._left = steps(problem, state)
+
+    def __next__(self) -> StepEvent:
+        event, self.state = next(self._left)
+        return event
+
+    def concepts(self) -> ConceptSet:
+        """The concepts as they are now. A joint phase that has not ended is ended by this."""
+        self._left.close()
+        return conclude(self.problem, self.state)
+
+
+def learning(
+    host: DiffusionModel,
+    examples: Sequence[Example],
+    settings: EMSettings | None = None,
+    joint: JointSettings | None = None,
+) -> Learning:
+    """Start to learn the concepts in the examples' prompts; see :func:`learn_concepts`.
+
+    Example:
+        run = learning(host, examples)
+        for event in run:
+            print(event.phase, event.step, event.losses)
+        concepts = run.concepts()
+    """
+    problem = prepare(host, examples, settings or em_settings(host.identity().family), joint)
+    return Learning(problem, initialise(problem))
+
+
+def learn_concepts(
+    host: DiffusionModel,
+    examples: Sequence[Example],
+    settings: EMSettings | None = None,
+    joint: JointSettings | None = None,
+    *,
+    listeners: Sequence[Listener] = (),
+    store: RunStore | None = None,
+    key: str | None = None,
+) -> ConceptSet:
+    """Learn a token for each concept in the examples' prompts, and find each concept's masks.
+
+    Source: Rahman et al. 2024, arXiv 2402.11487; the joint phase is Break-a-Scene's.
+
+    Args:
+        host: the model, such as :class:`em_core.DiffusersHost`.
+        examples: pictures with their prompts.
+        settings: of the EM loop; None: what suits the model's family.
+        joint: of the phase that learns tokens and weights together; None: none.
+        listeners: called with the event and the state of every step.
+        store: where a finished run is found again, and a stopped one goes on.
+        key: of the run in the store; None: a hash of the model, the examples and the settings.
+
+    Raises:
+        UserError: examples, settings or model that do not go together.
+        TrainingError: a loss is not finite; with a store, the last good step is kept.
+    """
+    settings = settings or em_settings(host.identity().family)
+    joint = joint or JointSettings()
+    if store is None:
+        problem = prepare(host, examples, settings, joint)
+        return conclude(problem, run(problem, initialise(problem), listeners))
+    key = key or run_key(model_digest(host.identity()), examples, settings, joint)
+    found = store.finished(key)
+    if found is not None:
+        return found
+    file = store.state(key)
+    problem = prepare(host, examples, settings, joint)
+    try:
+        state = run(problem, state_of(problem, file), listeners, file)
+    finally:
+        store.prune(keep=file.path)
+    concepts = conclude(problem, state)
+    store.keep(key, concepts)
+    return concepts
+
+
+def state_of(problem: Problem, file: StateFile) -> RunState:
+    """Where a stopped run was left, or the start where there is no such file or it is damaged."""
+    if file.exists():
+        try:
+            return file.load(problem.host.device)
+        except UserError:
+            file.remove()
+    return initialise(problem)

@@ -1,0 +1,61 @@
+"""Runs in a folder, found again by their keys; what they take is bounded."""
+
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from .concept_set import ConceptSet
+from .state_file import StateFile
+
+MOST_BYTES = 2 * 2**30
+MOST_FILES = 64
+STATE, CONCEPTS = ".state.safetensors", ".concepts.safetensors"
+
+
+class RunStore:
+    """Finished runs, and the states of stopped ones, in a folder that may be deleted at any time.
+
+    It holds at most 64 files and 2 GB; the longest unused go first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def state(self, key: str) -> StateFile:
+        """Where the state of an unfinished run is kept."""
+        return StateFile(self.folder / f"{key}{STATE}", key)
+
+    def concepts_file(self, key: str) -> Path:
+        """Where the result of a finished run is kept."""
+        return self.folder / f"{key}{CONCEPTS}"
+
+    def finished(self, key: str) -> ConceptSet | None:
+        """The result of a finished run, or None; a damaged file counts as none."""
+        file = self.concepts_file(key)
+        if not file.is_file():
+            return None
+        try:
+            found = ConceptSet.load(file)
+        except UserError:
+            file.unlink(missing_ok=True)
+            return None
+        os.utime(file)
+        return found
+
+    def keep(self, key: str, concepts: ConceptSet) -> None:
+        """Store a finished run in place of its state."""
+        file = self.concepts_file(key)
+        concepts.save(file)
+        self.state(key).remove()
+        self.prune(keep=file)
+
+    def prune(self, keep: Path) -> None:
+        """Delete the longest unused files, all but `keep`, until the bounds hold."""
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+        total, count = sum(f.stat().st_size for f in files), len(files)
+        for file in files:
+            if total <= MOST_BYTES and count <= MOST_FILES:
+                return
+            if file != keep:
+                total, count = total - file.stat().st_size, count - 1
+                file.unlink(missing_ok=True)
