@@ -39,7 +39,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     problem = prepare(host, [example], em, joint)
     state = initialise(problem)
     found = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
-    run(problem, state)
+    state = run(problem, state)
     plain = {"em": to_json(em), "joint": to_json(joint), "prompt": scene.prompt}
     file = tmp_path_factory.mktemp("case") / "case.safetensors"
     save_file({"picture": picture.contiguous()}, file, metadata={"plain": json.dumps(plain)})

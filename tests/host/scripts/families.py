@@ -8,6 +8,7 @@ not so.
 import copy
 import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
 cases, family, weights_type, kind = sys.argv[1:], "", "", ""
@@ -32,10 +33,9 @@ def run() -> None:
     text_type = torch.float16 if kind == "full" else torch.float32
     model, text = reduced.unet(family, weights_type), reduced.clip(family, text_type)
     autoencoder = reduced.vae()
-    found = part("nodes.host.families").identify(model, text)
-    assert found.encoders == {"sd1": ("clip_l",), "sdxl": ("clip_l", "clip_g")}.get(
-        family, ("clip_h",)
-    ), found
+    models = part("nodes.host.families").identify(model, text, autoencoder)
+    encoders = {"sd1": ["clip_l"], "sdxl": ["clip_l", "clip_g"]}.get(family, ["clip_h"])
+    assert list(models.encoders) == encoders, models
     before = {n: x.clone() for n, x in copy.deepcopy(model.model.state_dict()).items()}
     before_text = {n: x.clone() for n, x in text.cond_stage_model.state_dict().items()}
     em = settings.EMSettings(steps=3, e_step_every=2, batch=2, vectors=2, image_side=128, refresh=1,
@@ -47,34 +47,29 @@ def run() -> None:
     )
     picture = torch.rand(3, 128, 96, generator=torch.Generator().manual_seed(0))
     example = part("em_core.examples").Example(picture, prompt)
-    joint_kept = check_learning(host_module, model, text, autoencoder, example, em, joint)
+    joint_kept = check_learning(host_module, models, example, em, joint)
     check_unchanged(model, text, before, before_text)
-    check_exports(exports, host_module, joint_kept, model, text, autoencoder, prompt)
+    check_exports(exports, host_module, joint_kept, models, prompt)
     checkpointed = plans.PLANS[2]
     assert checkpointed.checkpointing
-    check_checkpointing(host_module, model, text, autoencoder, example, em)
+    check_checkpointing(host_module, models, example, em)
 
 
-def check_learning(
-    host_module: Any,
-    model: Any,
-    text: Any,
-    autoencoder: Any,
-    example: Any,
-    em: Any,
-    joint: Any,
-) -> Any:
+def check_learning(host_module: Any, models: Any, example: Any, em: Any, joint: Any) -> Any:
     """Gradients reach every encoder's vectors; the schedule is of the right kind."""
-    start_of, conclude = part("em_core.method.start").initialise, part("em_core.runs.concept_set").conclude
+    start_of, conclude = (
+        part("em_core.method.start").initialise,
+        part("em_core.runs.concept_set").conclude,
+    )
     types = (torch.float32, torch.float32 if kind == "full" else None)
-    with host_module.learning_host(model, text, autoencoder, *types) as host:
+    with host_module.learning_host(models, *types) as host:
         assert host.schedule.prediction == ("v_prediction" if family == "sd2v" else "epsilon")
         problem = part("em_core.method.problem").prepare(host, [example], em, joint)
         state = start_of(problem)
         start = {
             (c, e): v.detach().clone() for c, of in state.vectors.items() for e, v in of.items()
         }
-        part("em_core.runs.runner").run(problem, state)
+        state = part("em_core.runs.runner").run(problem, state)
         for (c, e), v in start.items():
             assert not torch.equal(state.vectors[c][e], v), f"{c} {e} did not learn"
             assert torch.isfinite(state.vectors[c][e]).all()
@@ -92,7 +87,7 @@ def check_moved(host: Any, weights: Any) -> None:
     if kind == "cross_attention":
         assert moved and all(".attn2.to_k." in n or ".attn2.to_v." in n for n in moved), moved
         return
-    for name in host.encoders:
+    for name in host.models.encoders:
         assert any(n.startswith(name) for n in moved), f"no gradient in the weights of {name}"
 
 
@@ -107,17 +102,9 @@ def check_unchanged(model: Any, text: Any, before: dict, before_text: dict) -> N
             assert same, n
 
 
-def check_exports(
-    exports: Any,
-    host_module: Any,
-    concepts: Any,
-    model: Any,
-    text: Any,
-    autoencoder: Any,
-    prompt: Any,
-) -> None:
+def check_exports(exports: Any, host_module: Any, concepts: Any, models: Any, prompt: Any) -> None:
     """ComfyUI's loader matches every key, and gives what was learned."""
-    lora = exports.lora_tensors(concepts)
+    lora, model, text = exports.lora_tensors(concepts), models.model, models.clip
     prefixes = (
         ("lora_unet_", "lora_te") if kind == "lora" else ("diffusion_model.", "text_encoders.")
     )
@@ -129,32 +116,23 @@ def check_exports(
     assert len(matched) == len([n for n in lora if n.endswith(ends)]), "a key was not matched"
     if weights_type == "fp32":
         loaded_model, loaded_text = comfy.sd.load_lora_for_models(model, text, lora, 1.0, 1.0)
-        compare_outputs(
-            host_module, concepts, (model, text), (loaded_model, loaded_text), autoencoder, prompt
-        )
+        loaded = replace(models, model=loaded_model, clip=loaded_text)
+        compare_outputs(host_module, concepts, models, loaded, prompt)
     for name in concepts.names:
         embedding = exports.embedding_tensors(concepts, name)
         assert set(embedding) == ({"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"})
 
 
-def compare_outputs(
-    host_module: Any, concepts: Any, plain: Any, loaded: Any, autoencoder: Any, prompt: Any
-) -> None:
+def compare_outputs(host_module: Any, concepts: Any, plain: Any, loaded: Any, prompt: Any) -> None:
     """UNet with the weights as they were trained (on its layers), and merged by ComfyUI's loader."""
     Z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    t = torch.tensor([50, 700])
-    with torch.no_grad(), host_module.learning_host(*plain, autoencoder, torch.float32) as host:
+    t = torch.tensor([50.0, 700.0])
+    with torch.no_grad(), host_module.learning_host(plain, torch.float32) as host:
         with applied(host, concepts):
-            ours = host.predict_noise(
-                Z, t, host.encode_prompts([prompt] * 2, concepts.vectors)
-            ).clone()
-        without = host.predict_noise(
-            Z, t, host.encode_prompts([prompt] * 2, concepts.vectors)
-        ).clone()
-    stock_host = host_module.ComfyHost(*loaded, autoencoder)
-    stock = stock_host.predict_noise(
-        Z, t, stock_host.encode_prompts([prompt] * 2, concepts.vectors)
-    )
+            ours = host.predict(Z, t, host.encode_prompts([prompt] * 2, concepts.vectors)).clone()
+        without = host.predict(Z, t, host.encode_prompts([prompt] * 2, concepts.vectors)).clone()
+    stock_host = host_module.ComfyHost(loaded)
+    stock = stock_host.predict(Z, t, stock_host.encode_prompts([prompt] * 2, concepts.vectors))
     effect, error = (ours - without).abs().max(), (ours - stock).abs().max()
     assert effect > 1e-3, f"the weights do nothing ({effect:.1e})"
     assert error < 0.02 * effect, f"loaded differs by {error:.1e}, the effect is {effect:.1e}"
@@ -168,19 +146,17 @@ def applied(host: Any, concepts: Any) -> Any:
     return weights.differences_applied(host.weights(kind), concepts.weights)
 
 
-def check_checkpointing(
-    host_module: Any, model: Any, text: Any, autoencoder: Any, example: Any, em: Any
-) -> None:
+def check_checkpointing(host_module: Any, models: Any, example: Any, em: Any) -> None:
     """Recomputing activations changes nothing: same losses, with and without."""
     found = []
     for on in (False, True):
         with (
-            host_module.learning_host(model, text, autoencoder, torch.float32) as host,
+            host_module.learning_host(models, torch.float32) as host,
             part("nodes.host.checkpointing").checkpointing(host.unet, on),
         ):
             problem = part("em_core.method.problem").prepare(host, [example], em)
             state = part("em_core.method.start").initialise(problem)
-            part("em_core.runs.runner").run(problem, state)
+            state = part("em_core.runs.runner").run(problem, state)
             found.append(torch.tensor([v for _, v in state.curves["loss/total"]]))
     torch.testing.assert_close(found[0], found[1])
 

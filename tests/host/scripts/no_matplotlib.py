@@ -10,7 +10,7 @@ sys.modules["matplotlib"] = None  # type: ignore[assignment]
 
 import torch  # noqa: E402
 
-identity = part("em_core.model.protocol").ModelIdentity("sd1", "x", {"clip_l": 4}, torch.zeros(1))
+identity = part("em_core.model.identity").ModelIdentity("sd1", "x", {"clip_l": 4}, torch.zeros(1))
 concepts = part("em_core.runs.concept_set").ConceptSet(
     (part("em_core.prompts").Concept("rex"),),
     {"rex": {"clip_l": torch.zeros(1, 4)}},

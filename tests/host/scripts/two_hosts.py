@@ -26,11 +26,12 @@ def run() -> dict[str, torch.Tensor]:
     prompt = part("em_core.prompts").ConceptPrompt.parse(plain["prompt"])
     example = part("em_core.examples").Example(picture, prompt)
     model_, clip, vae = part("nodes.host.demo_model").load_demo_model(model)
-    with part("nodes.host.comfy_host").learning_host(model_, clip, vae, torch.float32) as host:
+    models = part("nodes.host.families").identify(model_, clip, vae)
+    with part("nodes.host.comfy_host").learning_host(models, torch.float32) as host:
         problem = part("em_core.method.problem").prepare(host, [example], em, joint)
         state = part("em_core.method.start").initialise(problem)
         result = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
-        part("em_core.runs.runner").run(problem, state)
+        state = part("em_core.runs.runner").run(problem, state)
         return result | compare.result(state)
 
 
