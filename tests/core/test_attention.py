@@ -1,60 +1,74 @@
-"""Recording and aggregating attention, against plain loops."""
+"""Recording attention, the layers that are read, and means over layers."""
 
 import pytest
 import torch
 from torch import nn
 
 from em_core.model.columns import column_probabilities, select_columns
-from em_core.model.layers import CrossAttentionLayer, loss_layers, map_size, mask_layers
+from em_core.model.layers import (
+    AttentionLayer,
+    finest_size,
+    halved,
+    loss_layers,
+    mask_layers,
+    size_of_map,
+)
 from em_core.model.recording import AttentionRecorder, mean_maps
 
-SD = tuple(
-    CrossAttentionLayer(f"{stage}{scale}.{i}", scale, stage)
-    for stage, scale, count in (
-        ("down", 1, 2), ("down", 2, 2), ("down", 4, 2), ("mid", 8, 1), ("up", 4, 3), ("up", 2, 3), ("up", 1, 3)
+
+def unet_layers(latent_size: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+    """The layers of SD 1.5's UNet: two per down block, one in the middle, three per up block."""
+    down, middle = [("down", level, 2) for level in (0, 1, 2)], [("mid", 3, 1)]
+    blocks = [*down, *middle, *(("up", level, 3) for level in (2, 1, 0))]
+    return tuple(
+        AttentionLayer(f"{stage}{2**level}.{i}", halved(latent_size, level), stage != "mid")
+        for stage, level, count in blocks
+        for i in range(count)
     )
-    for i in range(count)
-)  # fmt: skip
 
 
-def brute_force(q: torch.Tensor, k: torch.Tensor, columns: list, heads: int) -> torch.Tensor:
-    """Mean over heads of softmax columns, one sample, head and pixel at a time, in float64."""
-    batch, pixels, width = q.shape
-    d = width // heads
-    out = torch.zeros(batch, len(columns[0]), pixels, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            part = slice(h * d, (h + 1) * d)
-            for p in range(pixels):
-                probs = torch.softmax(
-                    k[b, :, part].double() @ q[b, p, part].double() / d**0.5, dim=0
-                )
-                for c, positions in enumerate(columns[b]):
-                    if positions:
-                        out[b, c, p] += probs[list(positions)].mean() / heads
-    return out
+def recorder_of(*layers: AttentionLayer, grad: bool = False, **select) -> AttentionRecorder:
+    return AttentionRecorder(select, {layer.name: layer for layer in layers}, grad)
 
 
-def test_column_probabilities_equal_brute_force() -> None:
+def test_pixels_become_rows_and_columns() -> None:
+    """A layer of nominally 12x8 whose input was halved: pixel y * 4 + x stands at (y, x)."""
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 6 * 4, 12, generator=g), torch.randn(2, 9, 12, generator=g)
-    columns = [[[1], [3, 4, 7]], [[], [8]]]
-    maps = column_probabilities(q, k, select_columns(columns, 9), heads=3, latent_size=(12, 8))
-    expected = brute_force(q, k, columns, heads=3).reshape(2, 2, 6, 4)
-    torch.testing.assert_close(maps.double(), expected, atol=1e-6, rtol=0)
+    select = select_columns([[[1], [3, 4, 7]], [[], [8]]], 9)
+    recorder = recorder_of(AttentionLayer("layer", (12, 8)), text=select)
+    recorder.record("layer", q, k, heads=3)
+    expected, maps = column_probabilities(q, k, select, heads=3), recorder.maps["layer"]
+    assert maps.shape == (2, 2, 6, 4)
+    assert all(
+        torch.equal(maps[:, :, y, x], expected[:, :, y * 4 + x])
+        for y in range(6) for x in range(4)
+    )  # fmt: skip
+
+
+def test_each_layer_reads_the_columns_of_its_stream() -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k = torch.randn(1, 4, 6, generator=g), torch.randn(1, 3, 6, generator=g)
+    first, last = select_columns([[[0]]], 3), select_columns([[[2]]], 3)
+    layers = [AttentionLayer(name, (2, 2), stream=name) for name in ("long", "short")]
+    recorder = recorder_of(*layers, long=first, short=last)
+    for layer, select in zip(layers, (first, last), strict=True):
+        recorder.record(layer.name, q, k, heads=2)
+        expected = column_probabilities(q, k, select, heads=2).reshape(1, 1, 2, 2)
+        assert torch.equal(recorder.maps[layer.name], expected)
 
 
 def test_gradient_reaches_the_keys_only_where_asked() -> None:
     q, k = torch.randn(1, 4, 6), nn.Parameter(torch.randn(1, 3, 6))
-    select = select_columns([[[1]]], 3)
+    select, layer = select_columns([[[1]]], 3), AttentionLayer("layer", (2, 2))
     for grad in (True, False):
-        recorder = AttentionRecorder(select, (2, 2), grad=grad)
+        recorder = recorder_of(layer, grad=grad, text=select)
         recorder.record("layer", q, k, heads=2)
         assert recorder.maps["layer"].requires_grad == grad
 
 
 def test_only_wanted_layers_are_kept() -> None:
-    recorder = AttentionRecorder(select_columns([[[0]]], 3), (2, 2), layers=frozenset({"a"}))
+    recorder = recorder_of(AttentionLayer("a", (2, 2)), text=select_columns([[[0]]], 3))
     for layer in ("a", "b"):
         recorder.record(layer, torch.randn(1, 4, 6), torch.randn(1, 3, 6), heads=1)
     assert set(recorder.maps) == {"a"}
@@ -69,13 +83,13 @@ def test_only_wanted_layers_are_kept() -> None:
         (5 * 4, (18, 13), (5, 4)),
     ],
 )
-def test_map_size(queries: int, latent: tuple, expected: tuple) -> None:
-    assert map_size(queries, latent) == expected
+def test_size_of_map(queries: int, latent: tuple, expected: tuple) -> None:
+    assert size_of_map(queries, latent) == expected
 
 
 def test_map_size_refuses_what_is_no_halving() -> None:
     with pytest.raises(ValueError, match="Expected a halving"):
-        map_size(63, (16, 16))
+        size_of_map(63, (16, 16))
 
 
 def test_mean_over_layers_of_several_sizes() -> None:
@@ -85,8 +99,24 @@ def test_mean_over_layers_of_several_sizes() -> None:
 
 def test_layers_at_512_pixels_are_the_papers() -> None:
     """Break-a-Scene: five 16x16 layers for the loss; masks from 16, 32 and 64; all 16 on request."""
-    names = loss_layers(SD, (64, 64))
+    layers = unet_layers((64, 64))
+    names = loss_layers(layers)
     assert names == ("down4.0", "down4.1", "up4.0", "up4.1", "up4.2")
-    assert len(mask_layers(SD, (64, 64), all_layers=False)) == 15
-    assert len(mask_layers(SD, (64, 64), all_layers=True)) == 16
-    assert loss_layers(SD, (96, 64)) == names
+    assert len(mask_layers(layers, all_layers=False)) == 15
+    assert len(mask_layers(layers, all_layers=True)) == 16
+    assert loss_layers(unet_layers((96, 64))) == names
+    assert finest_size(layers) == (64, 64)
+
+
+def test_the_innermost_layer_is_read_only_where_all_are() -> None:
+    layers = unet_layers((64, 64))
+    assert "mid8.0" not in mask_layers(layers, all_layers=False)
+    assert mask_layers(layers, all_layers=True) == tuple(layer.name for layer in layers)
+    with pytest.raises(ValueError, match="No attention layer left"):
+        loss_layers([layer for layer in layers if not layer.localises])
+
+
+def test_layers_too_coarse_for_the_loss_are_not_read() -> None:
+    layers = (*unet_layers((64, 64)), AttentionLayer("coarse", (4, 4)))
+    assert "coarse" not in mask_layers(layers, all_layers=False)
+    assert "coarse" in mask_layers(layers, all_layers=True)

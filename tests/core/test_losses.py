@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from em_core.method import losses
-from em_core.model.schedules import NoiseSchedule
+
+ONES = torch.ones(3)
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,29 +20,46 @@ def test_masked_loss_as_in_break_a_scene() -> None:
         float(mask[b, 0, y, x]) * float(prediction[b, c, y, x] - target[b, c, y, x]) ** 2
         for b in range(3) for c in range(4) for y in range(5) for x in range(6)
     ) / (3 * 4 * 5 * 6)  # fmt: skip
-    found = losses.masked_diffusion_loss(prediction, target, mask, "mean")
+    found = losses.masked_diffusion_loss(prediction, target, mask, ONES, "mean")
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_area_normalised_loss_is_the_mean_error_inside_the_mask() -> None:
     prediction, target, mask = tensors()
     inside = [(prediction - target)[b][:, mask[b, 0] > 0].square().mean() for b in range(3)]
-    found = losses.masked_diffusion_loss(prediction, target, mask, "area")
+    found = losses.masked_diffusion_loss(prediction, target, mask, ONES, "area")
     torch.testing.assert_close(found, torch.stack(inside).mean())
+
+
+@pytest.mark.parametrize("loss", ["plain", "mean", "area"])
+def test_each_sample_counts_by_its_weight(loss: str) -> None:
+    """The loss of a batch is the mean of its samples' own losses, each times its weight."""
+    prediction, target, mask = tensors()
+    weight = torch.tensor([0.5, 2.0, 0.0])
+
+    def loss_of(rows: slice, weight: torch.Tensor) -> torch.Tensor:
+        if loss == "plain":
+            return losses.diffusion_loss(prediction[rows], target[rows], weight)
+        return losses.masked_diffusion_loss(
+            prediction[rows], target[rows], mask[rows], weight, loss
+        )
+
+    alone = torch.stack([loss_of(slice(b, b + 1), torch.ones(1)) for b in range(3)])
+    torch.testing.assert_close(loss_of(slice(None), weight), (weight * alone).mean())
 
 
 def test_a_full_mask_is_the_plain_loss() -> None:
     prediction, target, mask = tensors()
     whole = torch.ones_like(mask)
     for normalisation in ("mean", "area"):
-        found = losses.masked_diffusion_loss(prediction, target, whole, normalisation)
-        torch.testing.assert_close(found, losses.diffusion_loss(prediction, target))
+        found = losses.masked_diffusion_loss(prediction, target, whole, ONES, normalisation)
+        torch.testing.assert_close(found, losses.diffusion_loss(prediction, target, ONES))
 
 
 def test_an_empty_mask_gives_zero_and_a_finite_gradient() -> None:
     prediction, target, mask = tensors()
     prediction.requires_grad_()
-    loss = losses.masked_diffusion_loss(prediction, target, torch.zeros_like(mask), "area")
+    loss = losses.masked_diffusion_loss(prediction, target, torch.zeros_like(mask), ONES, "area")
     loss.backward()
     assert float(loss.detach()) == 0 and torch.equal(prediction.grad, torch.zeros_like(prediction))
 
@@ -78,18 +96,3 @@ def test_end_of_text_regulariser_does_not_move_the_anchor() -> None:
     assert end.grad is None and maps.grad.abs().sum() > 0
     same = losses.end_of_text_regulariser(end.expand(1, 2, 4, 4) * 0.3, end, torch.ones(1, 2))
     assert float(same.detach()) == pytest.approx(0, abs=1e-12)
-
-
-def test_schedule_targets() -> None:
-    """From Z_t and either target, Z_0 comes back: Z_0 = (Z_t - s eps) / a = a Z_t - s v."""
-    g = torch.Generator().manual_seed(2)
-    alphas = torch.linspace(0.999, 0.01, 50)
-    Z0, eps = torch.randn(3, 4, 5, 5, generator=g), torch.randn(3, 4, 5, 5, generator=g)
-    t = torch.tensor([0, 20, 49])
-    a, s = (x[:, None, None, None] for x in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
-    Z_t = NoiseSchedule(alphas).add_noise(Z0, eps, t)
-    torch.testing.assert_close(
-        (Z_t - s * NoiseSchedule(alphas).target(Z0, eps, t)) / a, Z0, atol=1e-4, rtol=0
-    )
-    v = NoiseSchedule(alphas, "v_prediction").target(Z0, eps, t)
-    torch.testing.assert_close(a * Z_t - s * v, Z0, atol=1e-5, rtol=0)

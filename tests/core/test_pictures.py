@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from em_core.errors import UserError
-from em_core.examples import fitted_size
+from em_core.examples import Example, fitted_size
 from em_core.pictures import read_mask, read_picture, save_mask, to_image
+from em_core.prompts import Concept
 from em_core.show.drawing import outline, overlay, sheet
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
@@ -43,8 +44,35 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 def test_other_modes(tmp_path: Path, mode: str) -> None:
     file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.fromarray(RGB).convert(mode).save(file)
-    picture = read_picture(file)
-    assert picture.shape == (3, 12, 9) and float(picture.min()) >= 0 and float(picture.max()) <= 1
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert np.array_equal(np.asarray(to_image(read_picture(file))), expected)
+
+
+def test_a_turned_photo_is_turned_back(tmp_path: Path) -> None:
+    """EXIF orientation 6: the camera was held upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(to_image(read_picture(tmp_path / "x.png"))), np.rot90(RGB, -1))
+
+
+def test_a_picture_with_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    monkeypatch.setattr("em_core.pictures.MAX_PIXELS", 12 * 9 - 1)
+    with pytest.raises(UserError, match="has 9x12 pixels"):
+        read_picture(tmp_path / "x.png")
+
+
+def test_an_example_from_a_file(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    example = Example.read(str(tmp_path / "x.png"), "a photo of <rex:old dog> on <shore>")
+    assert np.array_equal(np.asarray(to_image(example.picture)), RGB)
+    assert example.prompt.concepts == (Concept("rex", "old dog"), Concept("shore"))
+    assert not example.masks and not example.truth
+    with pytest.raises(UserError, match="No concept in the prompt"):
+        Example.read(tmp_path / "x.png", "a photo of a dog")
+    with pytest.raises(UserError, match="No file"):
+        Example.read(tmp_path / "y.png", "a photo of <rex:dog>")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "1"])
