@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from em_core.masks.resizing import resize_masks
+from em_core.masks.resizing import cut, resize
 from em_core.pictures import from_image, open_image, read_mask
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,7 +27,7 @@ def read_photo(folder: Path, side: int) -> tuple[Tensor, Tensor]:
     """The picture, 0..1, and its masks, 0 or 1, at side x side."""
     image = from_image(open_image(folder / "img.jpg").resize((side, side)))
     masks = torch.stack([read_mask(file).float() for file in sorted(folder.glob("mask*.png"))])
-    return image, resize_masks(masks, (side, side), soft=False)
+    return image, cut(resize(masks, (side, side), "mask")).float()
 
 
 def first_masks(masks: Tensor, count: int) -> Tensor:

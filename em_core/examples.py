@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
 from .errors import UserError
+from .masks.resizing import Size, cut, resize
 from .pictures import Picture, read_picture
 from .prompts import ConceptPrompt
 
@@ -65,7 +65,7 @@ def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int,
 
 
 def stack_masks(
-    masks: NamedMasks, names: Sequence[str], size: tuple[int, int]
+    masks: NamedMasks, names: Sequence[str], size: Size
 ) -> Bool[Tensor, "k h w"]:
     """The named masks in this order at `size`.
 
@@ -78,4 +78,4 @@ def stack_masks(
             f"No mask for {', '.join(missing)}. Give one mask for each of {', '.join(names)}."
         )
     stack = torch.stack([masks[name] for name in names]).float()
-    return F.interpolate(stack[None], size=size, mode="area")[0] > 0.5
+    return cut(resize(stack, size, "mask"))

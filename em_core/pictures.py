@@ -101,11 +101,6 @@ def save_image(path: Path, image: Image.Image) -> None:
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
-def save_mask(path: Path, mask: Bool[Tensor, "H W"], size: tuple[int, int] | None = None) -> None:
-    """Write a mask as black and white PNG, resized to (height, width) where given."""
-    image = to_image(mask[None].float())
-    if size is not None and size != (image.height, image.width):
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC).point(
-            lambda v: 255 if v > 127 else 0
-        )
-    save_image(path, image)
+def save_mask(path: Path, mask: Bool[Tensor, "H W"]) -> None:
+    """Write a mask as a black and white PNG, whole or not at all."""
+    save_image(path, to_image(mask[None].float()))

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
 from ..em_core.errors import UserError
+from ..em_core.masks.resizing import resize
 from ..em_core.masks.settings import MaskSettings
 from ..em_core.pictures import Picture
 from ..em_core.presets import em_settings
@@ -122,7 +122,7 @@ def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: st
 
 def heat_maps(picture: Picture, maps: Tensor) -> Tensor:
     """The picture dimmed, with each map glowing over it."""
-    glow = F.interpolate(maps[None], size=picture.shape[-2:], mode="bilinear")[0].clamp(0, 1)
+    glow = resize(maps, (picture.shape[-2], picture.shape[-1]), "map")
     colour = torch.tensor(WARM)[:, None, None]
     shown = 0.35 * picture[None] + 0.65 * glow[:, None] * colour
     return rearrange(shown.clamp(0, 1), "k c h w -> k h w c").clone()

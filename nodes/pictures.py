@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
 from ..em_core.errors import UserError
+from ..em_core.masks.resizing import Size, cut, resize
 from ..em_core.pictures import Picture, from_image
 
 
@@ -45,22 +45,15 @@ def masks_of(mask: Float[Tensor, "*b h w"]) -> Float[Tensor, "n h w"]:
     return mask.reshape(-1, *mask.shape[-2:])
 
 
-def labels_of(masks: Float[Tensor, "n _h _w"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
-    """Masks at `size`, cut at one half."""
-    if tuple(masks.shape[-2:]) != size:
-        masks = F.interpolate(masks[None], size=size, mode="bilinear", antialias=True)[0]
-    return masks > 0.5
+def labels_of(masks: Float[Tensor, "n _h _w"], size: Size) -> Bool[Tensor, "n h w"]:
+    """Labels of masks at `size`."""
+    return cut(resize(masks, size, "mask"))
 
 
 def to_mask(stacks: Sequence[Tensor]) -> Float[Tensor, "n h w"]:
     """A MASK of stacks of masks; those of another size are brought to the first's."""
-    size = stacks[0].shape[-2:]
-    same = [
-        s.float() if s.shape[-2:] == size
-        else F.interpolate(s.float()[None], size=size, mode="bilinear")[0]
-        for s in stacks
-    ]  # fmt: skip
-    return torch.cat(same).cpu().clone()
+    height, width = stacks[0].shape[-2:]
+    return torch.cat([resize(s.float(), (height, width), "mask") for s in stacks]).cpu().clone()
 
 
 def to_images(images: Sequence[Image.Image]) -> Float[Tensor, "n h w 3"]:

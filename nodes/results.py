@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image, ImageDraw
@@ -16,7 +15,7 @@ from ..em_core.examples import Example
 from ..em_core.pictures import read_picture
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.show.plots import plot_curves
-from .pictures import to_images, to_mask
+from .pictures import labels_of, to_images, to_mask
 
 
 def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tensor, "n h w"]:
@@ -26,9 +25,7 @@ def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tenso
         names = example.prompt.names
         stack = torch.stack([masks[name] for name in names]).float()
         size = (example.picture.shape[-2], example.picture.shape[-1])
-        if tuple(stack.shape[-2:]) != size:
-            stack = (F.interpolate(stack[None], size=size, mode="bilinear")[0] > 0.5).float()
-        stacks.append(stack)
+        stacks.append(labels_of(stack, size))
     return to_mask(stacks)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import write_json
+from ..masks.resizing import cut, resize
 from ..method.problem import Problem, prepare
 from ..method.start import initialise
 from ..method.state import RunState
@@ -189,6 +190,7 @@ def write_masks(problem: Problem, state: RunState, out: Path) -> None:
         zip(problem.pictures, state.pictures, strict=True), start=1
     ):
         height, width = prepared.example.picture.shape[-2:]
-        for name, mask in zip(prepared.names, picture.labels, strict=True):
+        masks = cut(resize(picture.labels.float(), (height, width), "mask"))
+        for name, mask in zip(prepared.names, masks, strict=True):
             file = f"mask_{name}_{i}.png" if several else f"mask_{name}.png"
-            save_mask(out / file, mask, (height, width))
+            save_mask(out / file, mask)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..hosts.diffusers import DiffusersHost
+from ..masks.resizing import resize
 from ..masks.settings import MaskSettings
 from ..masks.thresholds import Threshold
 from ..pictures import read_picture, save_image, save_mask, to_image
@@ -68,10 +69,10 @@ def run_command(args: argparse.Namespace) -> int:
     require_folder(args.out)
     settings = mask_settings(args, em_settings(host.identity().family).masks)
     found = find_masks(host, picture, prompt, concepts, settings, args.seed)
-    height, width = picture.shape[-2:]
-    for name, heat, mask in zip(found.names, found.maps, found.masks, strict=True):
+    glows = resize(found.maps, (picture.shape[-2], picture.shape[-1]), "map")
+    for name, glow, mask in zip(found.names, glows, found.masks, strict=True):
         save_mask(args.out / f"mask_{name}.png", mask)
-        save_image(args.out / f"heat_{name}.png", to_image(heat[None]).resize((width, height)))
+        save_image(args.out / f"heat_{name}.png", to_image(glow[None]))
     save_image(args.out / "overlay.png", overlay(picture, found.masks))
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import UserError
 from ..masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..masks.crf.pydensecrf_backend import load
-from ..masks.resizing import resize_masks
+from ..masks.resizing import resize
 from ..pictures import read_mask, read_picture, save_mask
 from .common import add_device, require_folder, torch_device
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     picture = read_picture(args.image).to(torch_device(args.device))
     refiner = MaskRefiner(picture, settings)
     size = (picture.shape[-2], picture.shape[-1])
-    masks = torch.cat([resize_masks(read_mask(file)[None].float(), size) for file in args.mask])
+    masks = torch.cat([resize(read_mask(file)[None].float(), size, "mask") for file in args.mask])
     require_folder(args.out)
     refined = labels(refiner(masks), settings.joint)
     for target, mask in zip(targets, refined.cpu(), strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pictures import Picture
 from .crf import MaskRefiner, labels
 from .measures import contrast
-from .resizing import resize_maps
+from .resizing import resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
 
@@ -44,7 +44,7 @@ def masks_from_maps(
     refine: Refine | None,
 ) -> Estimate:
     """Normalise, enlarge, threshold and refine mean attention maps (VCD, "Mask extraction")."""
-    scaled = min_max(resize_maps(maps[None], size)[0])
+    scaled = min_max(resize(maps, size, "map"))
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
         return Estimate(

@@ -1,42 +1,39 @@
-"""Resizing of pictures, maps and masks."""
+"""One way to resize each kind of image, and one way to make labels of masks."""
+
+from typing import Literal
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Size = tuple[int, int]
 """Height and width."""
 
 
-def resize_picture(
-    picture: Float[Tensor, "3 _h _w"], size: tuple[int, int]
-) -> Float[Tensor, "3 h w"]:
-    """Antialiased bicubic resize, values kept in 0..1."""
-    if tuple(picture.shape[-2:]) == size:
-        return picture
-    resized = F.interpolate(
-        picture[None], size=size, mode="bicubic", align_corners=False, antialias=True
-    )
-    return resized[0].clamp(0, 1)
+def resize(
+    x: Float[Tensor, "*b _h _w"], size: Size, what: Literal["picture", "map", "mask"]
+) -> Float[Tensor, "*b h w"]:
+    """Resize by the rule for what it is; at the right size it comes back as it is.
+
+    - A picture in 0..1: antialiased bicubic, kept in 0..1.
+    - Attention maps and masks: area means along the sides that shrink, so that a pixel tells the
+      share of it that is covered; bilinear along those that grow.
+    """
+    height, width = x.shape[-2:]
+    if (height, width) == size:
+        return x
+    flat = x.reshape(1, -1, height, width)
+    if what == "picture":
+        flat = F.interpolate(flat, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    else:
+        smaller = min(height, size[0]), min(width, size[1])
+        if smaller != (height, width):
+            flat = F.interpolate(flat, size=smaller, mode="area")
+        if smaller != size:
+            flat = F.interpolate(flat, size=size, mode="bilinear")
+    return flat.reshape(*x.shape[:-2], *size)
 
 
-def resize_maps(
-    maps: Float[Tensor, "b k _h _w"], size: tuple[int, int]
-) -> Float[Tensor, "b k h w"]:
-    """Bilinear resize; area averaging where it shrinks."""
-    if maps.shape[-2:] == size:
-        return maps
-    if maps.shape[-2] > size[0]:
-        return F.interpolate(maps, size=size, mode="area")
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def resize_masks(
-    masks: Float[Tensor, "k _h _w"], size: tuple[int, int], *, soft: bool = True
-) -> Float[Tensor, "k h w"]:
-    """Area resize where it shrinks, bilinear where it grows; `soft=False` then cuts at 0.5."""
-    if masks.shape[-2:] != size:
-        mode = "area" if masks.shape[-2] >= size[0] and masks.shape[-1] >= size[1] else "bilinear"
-        align = None if mode == "area" else False
-        masks = F.interpolate(masks[None].float(), size=size, mode=mode, align_corners=align)[0]
-    return masks if soft else (masks > 0.5).float()
+def cut(masks: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:
+    """Labels of masks in 0..1: what is more than half covered."""
+    return masks > 0.5

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..masks.measures import union
-from ..masks.resizing import resize_masks
+from ..masks.resizing import resize
 from ..model.layers import loss_layers, mask_layers
 from ..model.protocol import Conditioning
 from ..model.recording import AttentionMaps, mean_maps
@@ -177,7 +177,7 @@ def diffusion_term(
     """Eq. 3 under the union of the masks of the concepts present in each sample, or Eq. 1."""
     if not settings.masks_loss:
         return losses.diffusion_loss(prediction, target, weight)
-    small = resize_masks(masks, (prediction.shape[-2], prediction.shape[-1]))
+    small = resize(masks, (prediction.shape[-2], prediction.shape[-1]), "mask")
     mask = union(small[None] * present[:, :, None, None])
     return losses.masked_diffusion_loss(prediction, target, mask, weight, settings.normalisation)
 
@@ -197,7 +197,7 @@ def attention_terms(
 ) -> Terms:
     """Eq. 4, and ViCo's regulariser where it is on. The last map is the end-of-text token's."""
     A, end = maps[:, :-1], maps[:, -1:]
-    small = resize_masks(masks, (A.shape[-2], A.shape[-1]))[None].expand_as(A)
+    small = resize(masks, (A.shape[-2], A.shape[-1]), "mask")[None].expand_as(A)
     terms = {"attention": losses.attention_loss(A, small, present)}
     if settings.end_of_text_weight:
         terms["end_of_text"] = losses.end_of_text_regulariser(A, end, present)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..examples import Example, fitted_size, stack_masks
 from ..masks.estimate import Refine, make_refiner
-from ..masks.resizing import Size, resize_picture
+from ..masks.resizing import Size, resize
 from ..masks.settings import MaskSettings
 from ..model.layers import AttentionLayer
 from ..model.protocol import DiffusionModel
@@ -98,7 +98,7 @@ def prepare_picture(
     """One example, resized to about `side`^2 pixels (None: the model's own) and encoded."""
     height, width = example.picture.shape[-2:]
     size = fitted_size(height, width, side or host.image_side, host.image_multiple)
-    picture = resize_picture(example.picture, size).to(host.device)
+    picture = resize(example.picture, size, "picture").to(host.device)
     Z0 = encode(host, picture)
     return Prepared(
         example=example,

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..masks.resizing import Size, resize_maps
+from ..masks.resizing import Size, resize
 from .columns import column_probabilities
 from .layers import AttentionLayer, size_of_map
 
@@ -108,5 +108,5 @@ def mean_maps(
     Raises:
         KeyError: a layer was not recorded.
     """
-    resized = [resize_maps(maps[layer], size) for layer in layers]
+    resized = [resize(maps[layer], size, "map") for layer in layers]
     return torch.stack(resized).mean(dim=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..examples import Example
 from ..masks.crf import CUTLER, CRFSettings, MaskRefiner, labels
-from ..masks.resizing import resize_masks
+from ..masks.resizing import cut, resize
 from ..masks.settings import MaskSettings
 from ..method.maps import attention_masks
 from ..method.problem import prepare_picture
@@ -68,7 +68,7 @@ def find_masks(
     ):
         maps, estimate = attention_masks(host, prepared, vectors, settings, passes, generator)
     size = (picture.shape[-2], picture.shape[-1])
-    masks = resize_masks(estimate.masks.float(), size) > 0.5
+    masks = cut(resize(estimate.masks.float(), size, "mask"))
     return FoundMasks(prompt.names, masks.cpu(), maps.cpu())
 
 

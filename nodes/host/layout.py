@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from comfy.conds import CONDConstant
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
@@ -18,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from ...em_core.masks.resizing import resize
 from ...em_core.model.layers import size_of_map
 from ...em_core.prompts import ConceptVectors
 from .attention import cross_attention_modules
@@ -113,9 +113,7 @@ def shut_off(
     bias = torch.zeros(size[0] * size[1], tokens)
     for name, positions in note.of:
         if name in masks:
-            small = F.interpolate(masks[name][None, None].float().cpu(), size=size, mode="area")[
-                0, 0
-            ]
+            small = resize(masks[name].float().cpu(), size, "mask")
             outside = rearrange(small, "h w -> (h w)") < 0.5
             bias[:, list(positions)] = outside[:, None] * OFF
     return bias

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 
-from ...em_core.masks.resizing import resize_picture
+from ...em_core.masks.resizing import resize
 from ...em_core.method.loop import StepEvent
 from ...em_core.method.state import RunState
 from ...em_core.pictures import Picture
@@ -51,5 +51,5 @@ class NodeProgress:
         self.shown = now
         labels = state.pictures[0].labels
         height, width = labels.shape[-2:]
-        small = resize_picture(self.picture, (height, width))
+        small = resize(self.picture, (height, width), "picture")
         return ("JPEG", overlay(small, labels, max(1, SIDE // max(height, width))), 512)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_core.masks.resizing import resize_masks
+from em_core.masks.resizing import cut, resize
 from em_core.pictures import from_image, open_image, read_mask
 
 NAMES = ("bear", "birds", "creature", "toys")
@@ -33,6 +33,7 @@ def read_photo(name: str, size: tuple[int, int], count: int) -> tuple[Tensor, Te
     height, width = size
     image = from_image(open_image(folder() / name / "img.jpg").resize((width, height)))
     files = sorted((folder() / name).glob("mask*.png"))
-    masks = resize_masks(torch.stack([read_mask(f).float() for f in files]), size, soft=False)
+    given = torch.stack([read_mask(f).float() for f in files])
+    masks = cut(resize(given, size, "mask")).float()
     shifted = torch.roll(masks, (height // 5, width // 7), dims=(1, 2))
     return image, torch.cat([masks, shifted])[:count]
