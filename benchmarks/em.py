@@ -30,8 +30,9 @@ from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.measures import iou
 from em_core.method.loop import StepEvent
+from em_core.method.maps import attention_masks
 from em_core.method.problem import Problem, prepare
-from em_core.method.start import attention_masks, initialise
+from em_core.method.start import initialise
 from em_core.method.state import RunState
 from em_core.presets import em_settings, literal
 from em_core.prompts import Concept, ConceptPrompt
@@ -53,7 +54,6 @@ def arms(settings: EMSettings) -> dict[str, EMSettings]:
         "em_literal": literal(settings),
         "em_one_start": replace(settings, random_starts=1),
         "em_lenient": replace(settings, masks=replace(masks, acceptance=0.9)),
-        "em_averaged": replace(settings, averaging="all", masks=replace(masks, acceptance=0.9)),
         "em_no_crf": replace(settings, masks=replace(masks, crf=None)),
         "em_no_attention_loss": replace(settings, attention_weight=0.0),
         "em_no_masked_loss": replace(settings, masked_loss=False),
@@ -92,7 +92,8 @@ def em_passes(settings: EMSettings) -> int:
 def read_off(problem: Problem, state: RunState, passes: int) -> float:
     """IoU of masks read once from the state's vectors."""
     g = torch.Generator().manual_seed(problem.settings.seed + 7)
-    _, estimate = attention_masks(problem, problem.pictures[0], state.vectors, passes, g)
+    prepared, masks = problem.pictures[0], problem.settings.masks
+    _, estimate = attention_masks(problem.host, prepared, state.vectors, masks, passes, g)
     return mean_iou(problem, estimate.masks)
 
 
@@ -131,7 +132,7 @@ def one(task: tuple[str, int, int, str]) -> list[dict[str, Any]]:
         if event.masks and event.phase == "em":
             curve.append(mean_iou(problem, state.pictures[0].labels))
 
-    run(problem, state, [follow])
+    state = run(problem, state, [follow])
     rows.append(row | {"arm": arm, "start": start, "final": curve[-1], "curve": curve})
     if arm == "fixed":
         rows.append(

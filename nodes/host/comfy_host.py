@@ -104,7 +104,7 @@ class ComfyHost:
         for text, of in tokens.items():
             encoded[text] = self.encode_tokens(pad_chunks(of, tokenizer, chunks))
             places[text] = find_columns(of, tokenizer, vectors)
-        pooled = [encoded[text][1] for text in texts if encoded[text][1] is not None]
+        pooled = [vector for text in texts if (vector := encoded[text][1]) is not None]
         y = torch.cat([encoded[text][0] for text in texts])
         columns, end = zip(*(places[text] for text in texts), strict=True)
         inputs = {"y": y} | ({"pooled": torch.cat(pooled)} if pooled else {})
@@ -324,4 +324,4 @@ def learning_host(
         try:
             yield host
         finally:
-            host.models = host.model = host.clip = host.unet = None
+            host.__dict__.clear()  # whoever still holds it must not keep the copies alive
