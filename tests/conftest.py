@@ -1,9 +1,32 @@
-"""Shapes in the signatures of em_core are checked while the tests run."""
+"""Shapes in the signatures of em_core are checked while the tests run; skipped host tests are told."""
 
 import os
 
+import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 hook = install_import_hook("em_core", "beartype.beartype")
+
+HOST_TESTS = "tests/host/"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The very last line says whether the nodes were tested inside ComfyUI, and if not, why."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly:
+        return
+    reports = {
+        kind: [r for r in reporter.stats.get(kind, ()) if r.nodeid.startswith(HOST_TESTS)]
+        for kind in ("passed", "failed", "skipped")
+    }
+    ran, skipped = len(reports["passed"]) + len(reports["failed"]), reports["skipped"]
+    if skipped:
+        reasons = {str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped}
+        reporter.write_line(
+            f"ComfyUI: {len(skipped)} host tests were SKIPPED, {ran} ran. {' '.join(sorted(reasons))}",
+            red=True,
+        )
+    elif ran:
+        reporter.write_line(f"ComfyUI: all {ran} host tests ran, none was skipped.")

@@ -28,7 +28,7 @@ def python_of(folder: Path) -> Path | None:
 FOUND = [folder for folder in find_comfyui() if python_of(folder)]
 MISSING = (
     "No ComfyUI found (with a Python environment in its .venv). Set COMFYUI_PATH, and COMFYUI_PYTHON "
-    "where its Python is elsewhere, to run these tests; README.md says how."
+    "where its Python is elsewhere, to run these tests; CONTRIBUTING.md says how."
 )
 
 
