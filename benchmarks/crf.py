@@ -1,11 +1,12 @@
-"""Time and memory of the DenseCRF: torch against pydensecrf, and on a GPU against the CPU.
+"""Time and memory of the DenseCRF: torch against pydensecrf, and a GPU against the CPU.
 
     python benchmarks/crf.py                  # CPU, one and two threads; about 5 minutes
     python benchmarks/crf.py --device cuda    # the same table on a GPU
 
-All runs of a round are interleaved in one process and compared as ratios within the round, so a
-machine whose speed drifts does no harm. A solve counts everything from the picture and the masks to
-the marginals; nothing is kept from an earlier one. Results: benchmarks/results/crf*.json and .md.
+All runs of a round are interleaved in one process and compared as ratios within the round, so that
+a drift in the machine's speed does not matter. A solve includes everything from the picture and the
+masks to the marginals; nothing is reused from an earlier one. Results: benchmarks/results/crf*.json
+and .md.
 """
 
 import argparse
@@ -34,10 +35,10 @@ class Timings:
     """Seconds of each round.
 
     Attributes:
-        reference: pydensecrf on the CPU, a whole solve.
-        whole: torch, a whole solve.
-        build: torch, both lattices.
-        again: torch, a further solve of the same picture.
+        reference: a whole solve by pydensecrf on the CPU.
+        whole: a whole solve by torch.
+        build: building both lattices with torch.
+        again: another solve of the same picture by torch.
     """
 
     reference: list[float] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Timings:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of a call, the device's queue included."""
+    """Time of a call, including the work that it queues on the device."""
     synchronise(device)
     started = time.perf_counter()
     call()
@@ -61,7 +62,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def one_round(image: Tensor, masks: Tensor, device: torch.device, timings: Timings) -> None:
-    """Time each way to solve once."""
+    """Time each kind of run once."""
     on_device, on_device_masks = image.to(device), masks.to(device)
     timings.reference.append(seconds(lambda: MaskRefiner(image, PYDENSECRF)(masks), device))
     cached_gaussian.cache_clear()
@@ -74,7 +75,7 @@ def one_round(image: Tensor, masks: Tensor, device: torch.device, timings: Timin
 
 
 def measure(side: int, labels: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """Medians over the rounds, each round on the next photo."""
+    """Medians over the rounds, which take the photos in turn."""
     timings, photos = Timings(), [read_photo(folder, side) for folder in photo_folders()]
     one_round(photos[0][0], first_masks(photos[0][1], labels - 1), device, Timings())
     for i in range(rounds):
@@ -86,7 +87,7 @@ def measure(side: int, labels: int, rounds: int, device: torch.device) -> dict[s
 
 
 def peak(backend: str, side: int, labels: int) -> None:
-    """Print the memory that a solve takes at its peak, in MB over what the process had before."""
+    """Print the peak memory of a solve, in MB beyond what the process used before."""
     torch.set_num_threads(1)
     image, masks = read_photo(photo_folders()[1], side)
     masks = first_masks(masks, labels - 1)
@@ -100,13 +101,13 @@ def peak(backend: str, side: int, labels: int) -> None:
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status in kB."""
+    """A value from /proc/self/status, in kB."""
     text = Path("/proc/self/status").read_text()
     return int(next(line for line in text.splitlines() if line.startswith(name)).split()[1])
 
 
 def peak_of(backend: str, side: int, labels: int) -> float:
-    """`peak` in a process of its own."""
+    """The result of `peak` in a separate process."""
     command = [sys.executable, __file__, "--peak", backend, str(side), str(labels)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -1,9 +1,9 @@
-"""The exact filter written as attention, against the lattice: time and error of one filtering.
+"""The exact filter written as attention against the lattice: time and error of filtering once.
 
     python benchmarks/crf_attention.py [--device cuda]
 
 With q = [f, 1] and k = [f, -|f|^2 / 2], softmax(q k^T) is D^-1 K, so D^-1/2 K D^-1/2 Q is
-sqrt(n) * attention(q, k, Q / sqrt(n)) with n = K 1. It costs the square of the number of pixels.
+sqrt(n) * attention(q, k, Q / sqrt(n)) with n = K 1. Its cost grows with the square of the pixels.
 Results: benchmarks/results/crf_attention*.json and .md.
 """
 
@@ -26,14 +26,14 @@ CHUNK = 1024
 
 
 class ExactFilter:
-    """D^-1/2 K D^-1/2 of all pairs."""
+    """D^-1/2 K D^-1/2 over all pairs of pixels."""
 
     def __init__(self, features: Tensor) -> None:
         f = (features - features.mean(dim=1, keepdim=True)).T
         half = 0.5 * f.square().sum(dim=1, keepdim=True)
-        width = -(f.shape[1] + 1) % 8
-        self.query = F.pad(torch.cat([f, torch.ones_like(half)], dim=1), (0, width))
-        self.key = F.pad(torch.cat([f, -half], dim=1), (0, width))
+        padding = -(f.shape[1] + 1) % 8
+        self.query = F.pad(torch.cat([f, torch.ones_like(half)], dim=1), (0, padding))
+        self.key = F.pad(torch.cat([f, -half], dim=1), (0, padding))
         parts = [
             torch.logsumexp(rows @ self.key.T, dim=1, keepdim=True)
             for rows in self.query.split(CHUNK)
@@ -49,7 +49,7 @@ class ExactFilter:
 
 
 def compare(side: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds to build and to filter three channels, best of three, and the lattice's error."""
+    """Milliseconds to build, and to filter three channels (best of three); and the lattice's error."""
     image = read_photo(photo_folders()[0], side)[0].to(device) * 255
     features = bilateral_features(
         image, CUTLER.bilateral_theta_xy * CUTLER.scale(side, side), CUTLER.bilateral_theta_rgb
@@ -81,7 +81,10 @@ def main() -> None:
     device = torch.device(args.device)
     rows = [compare(side, device) for side in args.sides]
     head = list(rows[0])
-    cells = [[f"{row[k]:.0f}" if k == "side" else f"{row[k]:.3g}" for k in head] for row in rows]
+    cells = [
+        [f"{row[name]:.0f}" if name == "side" else f"{row[name]:.3g}" for name in head]
+        for row in rows
+    ]
     text = "# Exact filter as attention, against the lattice (ms; bilateral kernel, 3 channels)\n\n"
     text += f"{describe(device)}, one thread\n\n{table(head, cells)}"
     name = "crf_attention" if device.type == "cpu" else f"crf_attention_{device.type}"

@@ -1,4 +1,4 @@
-"""Pictures and masks that the CRF's benchmarks run on, and files they write."""
+"""Pictures and masks for the CRF's benchmarks, and the files that they write."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ BESIDE = Path(__file__).parents[2] / "shared" / "data" / "photos"
 
 
 def photo_folders() -> list[Path]:
-    """Folders with img.jpg and mask*.png, where VISUAL_CONCEPTS_PHOTOS points or beside the repository."""
+    """Folders with img.jpg and mask*.png, in VISUAL_CONCEPTS_PHOTOS or else beside the repository."""
     root = Path(os.environ.get("VISUAL_CONCEPTS_PHOTOS", BESIDE))
     folders = sorted(file.parent for file in root.glob("*/img.jpg"))
     if not folders:
@@ -31,13 +31,13 @@ def read_photo(folder: Path, side: int) -> tuple[Tensor, Tensor]:
 
 
 def first_masks(masks: Tensor, count: int) -> Tensor:
-    """`count` masks: the photo's, then shifted copies."""
+    """The first `count` of the photo's masks, followed by shifted copies of them."""
     shifted = torch.roll(masks, (masks.shape[1] // 5, masks.shape[2] // 7), dims=(1, 2))
     return torch.cat([masks, shifted])[:count]
 
 
 def write(name: str, text: str) -> None:
-    """Write a file of the results folder, whole or not at all."""
+    """Write a file to the results folder, either completely or not at all."""
     RESULTS.mkdir(exist_ok=True)
     aside = RESULTS / f".{secrets.token_hex(4)}"
     aside.write_text(text, encoding="utf-8")

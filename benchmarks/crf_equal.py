@@ -1,4 +1,4 @@
-"""Are the two CRF backends equal? Labels that differ and distance of marginals, on the photos.
+"""Are the two CRF backends equal? How many labels and by how much marginals differ on the photos.
 
     python benchmarks/crf_equal.py
 
@@ -19,7 +19,7 @@ SIZES = ((512, 512), (511, 333), (253, 401))
 
 
 def compare(folder: Path, size: tuple[int, int], labels: int) -> dict[str, object]:
-    """One picture at (height, width) with so many labels, 10 iterations."""
+    """Compare one picture at (height, width) with this many labels, after 10 iterations."""
     image, masks = read_photo(folder, 512)
     image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
     masks = F.interpolate(first_masks(masks, labels - 1)[None], size, mode="nearest")[0]

@@ -1,8 +1,8 @@
-"""Does the CRF help? IoU before and after, on masks that attention maps might give.
+"""Does the CRF help? IoU before and after, on masks like those from attention maps.
 
     python benchmarks/crf_quality.py
 
-True masks are pooled to 16x16, blurred, disturbed by noise, enlarged and cut at one half. Results:
+True masks are pooled to 16x16, blurred, made noisy, enlarged and thresholded at one half. Results:
 benchmarks/results/crf_quality.json, .md and .png.
 """
 
@@ -28,7 +28,7 @@ BLUR = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])[None, N
 
 
 def attention_like(masks: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Soft maps at full size of 16x16 maps of true masks, each blurred and with Gaussian noise."""
+    """Full-size soft maps from 16x16 maps of true masks, blurred and with Gaussian noise added."""
     small = F.adaptive_avg_pool2d(masks[None], 16)[0]
     padded = F.pad(small[:, None], (1, 1, 1, 1), mode="replicate")
     small = F.conv2d(padded, BLUR)[:, 0]
@@ -37,7 +37,7 @@ def attention_like(masks: Tensor, noise: float, generator: torch.Generator) -> T
 
 
 def ways() -> dict[str, CRFSettings]:
-    """Settings by name; pydensecrf's where it is installed."""
+    """Settings by name, with pydensecrf's if it is installed."""
     sizes: dict[str, CRFSettings] = {
         "torch": CUTLER,
         "torch at 256": replace(CUTLER, working_size=256),
@@ -49,7 +49,7 @@ def ways() -> dict[str, CRFSettings]:
 
 
 def one_photo(image: Tensor, truth: Tensor, maps: Tensor, joint: bool) -> dict[str, float]:
-    """Mean IoU over the objects of one picture, before and after each way."""
+    """Mean IoU over the objects of one picture, before refinement and after each kind of it."""
     before = binarise(maps, 0.5, competition=joint)
     found = {"before": before}
     for name, settings in ways().items():
@@ -59,7 +59,7 @@ def one_photo(image: Tensor, truth: Tensor, maps: Tensor, joint: bool) -> dict[s
 
 
 def evaluate(noises: list[float], seeds: int) -> list[dict[str, object]]:
-    """IoU of each photo, noise, seed, jointly and alone."""
+    """IoU for each photo, noise and seed, jointly and alone."""
     rows: list[dict[str, object]] = []
     for folder in photo_folders():
         image, truth = read_photo(folder, SIDE)
@@ -73,7 +73,7 @@ def evaluate(noises: list[float], seeds: int) -> list[dict[str, object]]:
 
 
 def summary(rows: list[dict[str, object]]) -> str:
-    """Means by noise, jointly and alone, then by photo."""
+    """Mean IoU by noise, jointly and alone, over all photos and for each."""
     names = ["before", *ways()]
     groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
     for row in rows:
@@ -81,14 +81,17 @@ def summary(rows: list[dict[str, object]]) -> str:
         for photo in ("all", str(row["photo"])):
             groups.setdefault((photo, f"noise {row['noise']}", kind), []).append(row)
     cells = [
-        [*key, *(f"{statistics.mean(float(str(row[n])) for row in group):.3f}" for n in names)]
+        [
+            *key,
+            *(f"{statistics.mean(float(str(row[name])) for row in group):.3f}" for name in names),
+        ]
         for key, group in sorted(groups.items())
     ]
     return table(["photo", "input", "labels", *names], cells)
 
 
 def picture(noise: float) -> None:
-    """A sheet: true masks, the input, and the refined masks, jointly."""
+    """Save a sheet of true masks, input masks and jointly refined masks."""
     rows = {}
     for folder in photo_folders():
         image, truth = read_photo(folder, SIDE)

@@ -17,7 +17,7 @@ from em_core.pictures import read_mask, read_picture
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
-    """A picture, and masks in three modes with speckles."""
+    """A picture and speckled masks of it, in three image modes."""
     pixels = np.full((64, 64, 3), (50, 150, 50), dtype=np.uint8)
     pixels[10:40, 10:40] = (200, 40, 40)
     pixels[36:60, 44:60] = (40, 40, 200)
@@ -51,15 +51,15 @@ def truth(rows: slice, columns: slice) -> torch.Tensor:
 
 def test_refined_masks_have_their_names(scene: Path) -> None:
     assert refine(scene, "mask_red.png", "mask_blue.png") == 0
-    assert {f.name for f in (scene / "out").iterdir()} == {"mask_red.png", "mask_blue.png"}
-    red, blue = (read_mask(scene / "out" / f"mask_{n}.png") for n in ("red", "blue"))
+    assert {file.name for file in (scene / "out").iterdir()} == {"mask_red.png", "mask_blue.png"}
+    red, blue = (read_mask(scene / "out" / f"mask_{name}.png") for name in ("red", "blue"))
     assert float(iou(red, truth(slice(10, 40), slice(10, 40)))) > 0.98
     assert float(iou(blue, truth(slice(36, 60), slice(44, 60)))) > 0.98
 
 
-def test_it_does_what_the_library_does(scene: Path) -> None:
+def test_the_command_equals_the_library(scene: Path) -> None:
     refine(scene, "mask_red.png", "mask_blue.png", more=("--preset", "demo", "--iterations", "3"))
-    masks = torch.stack([read_mask(scene / f"mask_{n}.png") for n in ("red", "blue")])
+    masks = torch.stack([read_mask(scene / f"mask_{name}.png") for name in ("red", "blue")])
     settings = replace(DEMO, iterations=3)
     expected = labels(MaskRefiner(read_picture(scene / "photo.png"), settings)(masks))
     for name, mask in zip(("red", "blue"), expected, strict=True):
@@ -109,7 +109,7 @@ def test_bad_input_writes_nothing(
     assert not (scene / "out").exists()
 
 
-def test_inputs_are_not_written_over(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_are_not_overwritten(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (scene / "mask_red.png").read_bytes()
     image, mask = str(scene / "photo.png"), str(scene / "mask_red.png")
     assert main(["refine", "--image", image, "--mask", mask, "--out", str(scene)]) == 2

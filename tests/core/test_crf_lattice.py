@@ -1,4 +1,4 @@
-"""The permutohedral lattice against its definition and against a filter over a dictionary."""
+"""The permutohedral lattice against its definition, and the filter against one over a dictionary."""
 
 import itertools
 
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from em_core.errors import UserError
-from em_core.masks.crf import filtering
 from em_core.masks.crf.embedding import embed, scale_factors
-from em_core.masks.crf.filtering import normalised_filter, plain_filter
-from em_core.masks.crf.lattice import build_lattice, sort_stable
+from em_core.masks.crf.filtering import (
+    LatticeFilter,
+    normalised_filter,
+    slice_sums,
+    splat_sums,
+)
+from em_core.masks.crf.lattice import Lattice, build_lattice, sort_stable
 
 DIMENSIONS = (1, 2, 3, 5, 7)
 
@@ -23,7 +27,7 @@ def random_features(d: int, n: int, spread: float = 3.0, seed: int = 0) -> Tenso
 
 
 def corners(features: Tensor) -> np.ndarray:
-    """Integer coordinates (n, classes, classes) of each simplex's corners, rebuilt from `embed`."""
+    """Integer coordinates of each simplex's corners, (n, classes, classes), recovered from `embed`."""
     d = len(features)
     simplices = embed(features)
     cell, rank = simplices.cell.long().numpy(), simplices.rank.long().numpy()
@@ -34,8 +38,16 @@ def corners(features: Tensor) -> np.ndarray:
     return found
 
 
+def plain_filter(lattice: Lattice) -> LatticeFilter:
+    """The filter without normalisation: K itself, as the lattice approximates it."""
+    slice_weights = (lattice.barycentric.t() * lattice.alpha).contiguous()
+    return LatticeFilter(
+        lattice, splat_sums(lattice, lattice.barycentric), slice_sums(lattice, slice_weights)
+    )
+
+
 def elevation(d: int) -> np.ndarray:
-    """E of Adams, Baek, Davis (2010), p. 5, with the scale of p. 6, as an explicit matrix."""
+    """E of Adams, Baek, Davis (2010), p. 5, with the scale of p. 6, written out as a matrix."""
     triangle = np.zeros((d + 1, d))
     for j in range(d):
         triangle[: j + 1, j] = 1
@@ -52,7 +64,7 @@ def test_scale_factors(d: int) -> None:
 
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_corners_are_the_simplex_around_the_point(d: int) -> None:
-    """Lattice points of each remainder, whose convex combination is the point."""
+    """The corners are one lattice point of each remainder, and the point is a convex sum of them."""
     features = random_features(d, 300)
     found = corners(features)
     weights = embed(features).weights.T.double().numpy()
@@ -64,7 +76,7 @@ def test_corners_are_the_simplex_around_the_point(d: int) -> None:
     points = features.double().numpy().T @ elevation(d).T
     combined = np.einsum("nr,nrk->nk", weights, found)
     assert combined == pytest.approx(points, abs=1e-4)
-    # Corners of one simplex of this lattice differ by at most d + 1 along every coordinate.
+    # The corners of a simplex of this lattice differ by at most d + 1 in every coordinate.
     assert np.ptp(found, axis=1).max() <= d + 1
 
 
@@ -81,8 +93,8 @@ def test_tables_agree_with_a_dictionary_of_vertices(d: int) -> None:
     assert sorted(number.values()) == list(range(m))
     assert len(lattice.splat_start) == m + 2
     groups = [
-        lattice.splat_point.view(-1)[a:b].tolist()
-        for a, b in itertools.pairwise(lattice.splat_start)
+        lattice.splat_point.view(-1)[start:end].tolist()
+        for start, end in itertools.pairwise(lattice.splat_start)
     ]
     by_number = {i: vertex for vertex, i in number.items()}
     for i in range(m):
@@ -98,7 +110,7 @@ def test_tables_agree_with_a_dictionary_of_vertices(d: int) -> None:
 
 
 def dictionary_filter(features: Tensor, values: np.ndarray) -> np.ndarray:
-    """Splat, blur and slice in float64 over a dictionary of vertices."""
+    """Splat, blur and slice in float64, with a dictionary of vertices for the lattice."""
     d, n = features.shape
     found, weights = corners(features), embed(features).weights.double().numpy().T
     on_lattice: dict[tuple[int, ...], np.ndarray] = {}
@@ -146,10 +158,10 @@ def test_normalised_filter_is_symmetrically_scaled(d: int) -> None:
 
 @pytest.mark.parametrize(("d", "error"), ((1, 0.12), (2, 0.12), (3, 0.15), (5, 0.2)))
 def test_filter_is_near_the_gaussian(d: int, error: float) -> None:
-    """The row-normalised filter of a smooth signal on densely sampled points, against all pairs.
+    """The row-normalised filter of a smooth signal at dense points, against the sum over all pairs.
 
-    The lattice is an approximation: its kernel is a spline of finite support, cut where no points
-    are. What is bounded here is the mean error it is known to make, not rounding.
+    The lattice is an approximation: its kernel is a spline of finite support, truncated where there
+    are no points. The bound is on its known mean error, not on rounding.
     """
     n = 600
     features = random_features(d, n, spread=0.7)
@@ -163,7 +175,7 @@ def test_filter_is_near_the_gaussian(d: int, error: float) -> None:
 
 
 def test_equal_points_share_their_simplex() -> None:
-    """n equal points: K 1 is n times the weight of a point with itself, which is below 1."""
+    """For n equal points, K 1 is n times the weight of a point with itself, which is less than 1."""
     lattice = build_lattice(torch.full((5, 64), 0.3))
     assert (lattice.vertex == lattice.vertex[0]).all()
     alone = plain_filter(build_lattice(torch.full((5, 1), 0.3)))(torch.ones(1, 1))
@@ -172,7 +184,7 @@ def test_equal_points_share_their_simplex() -> None:
 
 
 def test_wide_spread_takes_64_bit_keys() -> None:
-    """Far points do not touch: each keeps its own value, whatever the type of its key."""
+    """Distant points do not interact: each keeps its own value, whatever the type of its key."""
     features = random_features(5, 200, spread=200.0)
     normalised = normalised_filter(features)
     values = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
@@ -189,22 +201,6 @@ def test_too_small_thetas_are_refused(spread: float) -> None:
 def test_features_without_a_lattice_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="Expected 1 to 7"):
         build_lattice(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("channels", (1, 3, 4))
-def test_sparse_products_equal_the_bags(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's two ways, and CUDA's: products around a blur by copies."""
-    if not filtering.products_are_fast(torch.device("cpu")):
-        pytest.skip("sparse products on the CPU need MKL")
-    features = random_features(3, 300, spread=1.0)
-    values = torch.rand(300, channels, generator=torch.Generator().manual_seed(0))
-    results = [normalised_filter(features)(values)]
-    monkeypatch.setattr(filtering, "blurs_by_products", lambda device, channels: False)
-    results.append(normalised_filter(features)(values))
-    monkeypatch.setattr(filtering, "products_are_fast", lambda device: False)
-    results.append(normalised_filter(features)(values))
-    for other in results[1:]:
-        assert torch.allclose(results[0], other, atol=1e-6)
 
 
 def test_keys_too_wide_to_pack_are_sorted_alike() -> None:

@@ -1,4 +1,4 @@
-"""Mean field against brute force over all pairs of pixels, in float64."""
+"""Mean field against dense matrices over all pairs of pixels, in float64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ WEIGHTS = (3.0, 5.0)
 
 
 def two_kernels(side: int = 12, seed: int = 0) -> list[Tensor]:
-    """Random features of a picture's pixels for two kernels with unequal thetas."""
+    """Features of the pixels of a random picture, for two kernels with unequal thetas."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, side, side), generator=generator).float()
     smooth = torch.nn.functional.avg_pool2d(image[None], 5, stride=1, padding=2)[0]
@@ -20,28 +20,35 @@ def two_kernels(side: int = 12, seed: int = 0) -> list[Tensor]:
     return [torch.stack([x / 2.5, y / 1.5]), bilateral_features(smooth, 6.0, 20.0)]
 
 
+def crf_of(features: list[Tensor]) -> DenseCRF:
+    """The CRF with a lattice filter for each kernel."""
+    filters = [normalised_filter(kernel) for kernel in features]
+    return DenseCRF(list(zip(filters, WEIGHTS, strict=True)))
+
+
 def random_unary(labels: int, n: int, seed: int = 1, strength: float = 1.0) -> Tensor:
     return strength * torch.rand(labels, n, generator=torch.Generator().manual_seed(seed))
 
 
 def mean_field(unary: Tensor, kernels: list[Tensor], iterations: int) -> Tensor:
-    """Q <- softmax(-U + sum_m w_m K_m Q) with dense matrices, in float64."""
+    """Q <- softmax(-U + sum_m w_m K_m Q), with dense matrices in float64."""
     unary = unary.double()
     Q = torch.softmax(-unary, dim=0)
     for _ in range(iterations):
-        messages = [w * Q @ K.T for w, K in zip(WEIGHTS, kernels, strict=True)]
+        messages = [weight * Q @ K.T for weight, K in zip(WEIGHTS, kernels, strict=True)]
         Q = torch.softmax(-unary + sum(messages), dim=0)
     return Q
 
 
 def lattice_kernels(features: list[Tensor]) -> list[Tensor]:
-    """The lattice's own filters as dense matrices, column by column."""
-    return [normalised_filter(f)(torch.eye(f.shape[1])).double() for f in features]
+    """The lattice filters as dense matrices, found column by column."""
+    return [normalised_filter(kernel)(torch.eye(kernel.shape[1])).double() for kernel in features]
 
 
 def exact_kernels(features: list[Tensor]) -> list[Tensor]:
-    """D^-1/2 K D^-1/2 of all pairs, float64, the pairs i = j included."""
-    kernels = [torch.exp(-0.5 * torch.cdist(f.T.double(), f.T.double()).square()) for f in features]
+    """D^-1/2 K D^-1/2 over all pairs, including i = j, in float64."""
+    points = [kernel.T.double() for kernel in features]
+    kernels = [torch.exp(-0.5 * torch.cdist(f, f).square()) for f in points]
     return [K / (K.sum(0)[:, None] * K.sum(0)).sqrt() for K in kernels]
 
 
@@ -51,25 +58,24 @@ def test_update_is_exact_given_the_filter(labels: int, iterations: int) -> None:
     features = two_kernels()
     unary = random_unary(labels, 144)
     expected = mean_field(unary, lattice_kernels(features), iterations)
-    crf = DenseCRF.of_features(list(zip(features, WEIGHTS, strict=True)))
-    assert torch.allclose(crf.infer(unary, iterations).double(), expected, atol=2e-5)
+    Q = crf_of(features).infer(unary, iterations)
+    assert torch.allclose(Q.double(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("labels", (2, 3, 4))
-def test_unary_of_any_size(labels: int) -> None:
-    """Energies whose exponentials would overflow take the safe softmax, with the same result."""
+def test_energies_of_any_size(labels: int) -> None:
+    """For energies whose exponentials would overflow, the safe softmax gives the same result."""
     features = two_kernels()
     unary = random_unary(labels, 144, strength=400.0)
     expected = mean_field(unary, lattice_kernels(features), 5)
-    crf = DenseCRF.of_features(list(zip(features, WEIGHTS, strict=True)))
-    Q = crf.infer(unary, 5)
+    Q = crf_of(features).infer(unary, 5)
     assert torch.isfinite(Q).all()
     assert torch.allclose(Q.double(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("side", (8, 16, 24))
 def test_kernels_have_the_known_error_of_the_lattice(side: int) -> None:
-    """Against all pairs, summed over all entries: about 10% for 2 features and 20% for 5."""
+    """Summed over all pairs, the error is about 10% for 2 features and 20% for 5."""
     features = two_kernels(side)
     pairs = zip(lattice_kernels(features), exact_kernels(features), (0.12, 0.3), strict=True)
     for lattice, exact, error in pairs:
@@ -79,12 +85,12 @@ def test_kernels_have_the_known_error_of_the_lattice(side: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("labels", (2, 4))
 def test_labels_are_near_those_of_all_pairs(labels: int, seed: int) -> None:
-    """The update is exact, so only the kernels' error is left: hardly any label may change."""
+    """The update is exact, which leaves the error of the kernels: hardly any label may change."""
     features, unary = two_kernels(24, seed), random_unary(labels, 576, seed + 1)
     unary[0].view(24, 24)[:, :12] -= 0.5
     unary[1].view(24, 24)[:, 12:] -= 0.5
     exact = mean_field(unary, exact_kernels(features), 10)
-    Q = DenseCRF.of_features(list(zip(features, WEIGHTS, strict=True))).infer(unary, 10)
+    Q = crf_of(features).infer(unary, 10)
     changed = Q.argmax(0) != exact.argmax(0)
     assert float(changed.float().mean()) <= 0.02
     assert not (changed & (exact.amax(0) > 0.9)).any()
@@ -92,20 +98,20 @@ def test_labels_are_near_those_of_all_pairs(labels: int, seed: int) -> None:
 
 
 def test_permuted_labels_permute_the_result() -> None:
-    crf = DenseCRF.of_features(list(zip(two_kernels(), WEIGHTS, strict=True)))
+    crf = crf_of(two_kernels())
     unary, order = random_unary(4, 144), torch.tensor([2, 0, 3, 1])
     assert torch.allclose(crf.infer(unary[order], 10), crf.infer(unary, 10)[order], atol=1e-5)
 
 
 def test_marginals_are_probabilities() -> None:
-    crf = DenseCRF.of_features(list(zip(two_kernels(), WEIGHTS, strict=True)))
+    crf = crf_of(two_kernels())
     Q = crf.infer(random_unary(3, 144), 10)
     assert float(Q.min()) >= -1e-6
     assert torch.allclose(Q.sum(0), torch.ones(144), atol=1e-6)
 
 
 def test_alone_is_two_labels_each() -> None:
-    crf = DenseCRF.of_features(list(zip(two_kernels(), WEIGHTS, strict=True)))
+    crf = crf_of(two_kernels())
     logits = torch.randn(3, 144, generator=torch.Generator().manual_seed(0))
     alone = crf.infer_alone(logits, 10)
     for mask, result in zip(logits, alone, strict=True):
@@ -115,8 +121,7 @@ def test_alone_is_two_labels_each() -> None:
 
 def test_same_input_same_bits() -> None:
     features, unary = two_kernels(), random_unary(3, 144)
-    kernels = list(zip(features, WEIGHTS, strict=True))
-    first, second = (DenseCRF.of_features(kernels).infer(unary, 10) for _ in range(2))
+    first, second = (crf_of(features).infer(unary, 10) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -141,8 +146,6 @@ def test_smoothness_kernel_is_kept_by_shape() -> None:
 @pytest.mark.parametrize("labels", (2, 3, 4))
 def test_cuda_equals_cpu(labels: int) -> None:
     features, unary = two_kernels(24), random_unary(labels, 576)
-    on_cpu = DenseCRF.of_features(list(zip(features, WEIGHTS, strict=True))).infer(unary, 10)
-    on_gpu = DenseCRF.of_features(
-        [(f.cuda(), w) for f, w in zip(features, WEIGHTS, strict=True)]
-    ).infer(unary.cuda(), 10)
+    on_cpu = crf_of(features).infer(unary, 10)
+    on_gpu = crf_of([kernel.cuda() for kernel in features]).infer(unary.cuda(), 10)
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(
 )
 SIZES = ((512, 512), (511, 333), (253, 401))
 GRID = [(name, size, labels) for name in photos.NAMES for size in SIZES for labels in range(2, 6)]
-# Every photo at every size once; every number of labels three times.
+# Each photo once at each size, each number of labels three times.
 SHORT = [case for i, case in enumerate(GRID) if i % 4 == (i // 4) % 4]
 
 
 def assert_equal_backends(image: Tensor, masks: Tensor, settings: CRFSettings = CUTLER) -> None:
-    """At most 0.001% of labels and 1e-6 of mean marginals differ."""
+    """At most 0.001% of labels differ, and marginals by less than 1e-6 on average."""
     unary = joint_unary(masks, settings.unary_strength)
     ours = MaskRefiner(image, settings).infer(unary)
     theirs = MaskRefiner(image, replace(settings, backend="pydensecrf")).infer(unary)
@@ -30,10 +30,10 @@ def assert_equal_backends(image: Tensor, masks: Tensor, settings: CRFSettings = 
 
 
 def scene(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
-    """Coloured discs on a gradient with noise, and ragged masks of them.
+    """Coloured discs on a noisy gradient, and ragged masks of them.
 
-    Masks are soft, so that no pixel is claimed equally by two: rounding would decide such a tie, and
-    mean field amplifies it.
+    The masks are soft so that no two claim a pixel equally. Rounding would decide such a tie, and
+    mean field would amplify the decision.
     """
     generator = torch.Generator().manual_seed(height + width + count)
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")

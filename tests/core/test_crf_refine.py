@@ -1,4 +1,4 @@
-"""The refiner on masks: what it keeps, what it mends, and what it refuses."""
+"""The refiner on masks: what it keeps, what it repairs, and what it rejects."""
 
 import os
 import sys
@@ -19,14 +19,14 @@ from em_core.masks.crf import (
     joint_unary,
     labels,
     memory,
-    refine_batch,
 )
+from em_core.masks.crf.mean_field import cached_gaussian
 from em_core.masks.measures import iou
 from em_core.settings import from_json
 
 
 def two_squares(height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
-    """A red and a blue rectangle on green, and their true masks."""
+    """A picture of a red and a blue rectangle on green, and their true masks."""
     masks = torch.zeros(2, height, width)
     masks[0, height // 8 : height // 2, width // 8 : width // 2] = 1
     masks[1, height // 2 : -height // 8, width // 2 : -width // 8] = 1
@@ -37,7 +37,7 @@ def two_squares(height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def blurred(masks: Tensor, noise: float = 0.0) -> Tensor:
-    """Masks as a coarse map would give them: pooled to an eighth, enlarged, cut, with flipped pixels."""
+    """Masks as if from a coarse map: pooled to an eighth, enlarged, thresholded, some pixels flipped."""
     small = torch.nn.functional.avg_pool2d(masks[None], 8, stride=8)
     large = torch.nn.functional.interpolate(small, masks.shape[-2:], mode="bilinear")[0]
     flipped = torch.rand(masks.shape, generator=torch.Generator().manual_seed(0)) < noise
@@ -45,7 +45,7 @@ def blurred(masks: Tensor, noise: float = 0.0) -> Tensor:
 
 
 @pytest.mark.parametrize("joint", (True, False))
-def test_it_mends_ragged_masks(joint: bool) -> None:
+def test_ragged_masks_are_repaired(joint: bool) -> None:
     image, truth = two_squares()
     ragged = blurred(truth, 0.1)
     refined = labels(MaskRefiner(image, replace(DEMO, joint=joint))(ragged), joint)
@@ -78,7 +78,7 @@ def test_the_order_of_masks_does_not_matter() -> None:
 
 
 def test_unary_of_the_paper() -> None:
-    """CutLER: binary masks give 0.731 and 0.269, energies 0.313 and 1.313."""
+    """CutLER: binary masks give 0.731 and 0.269, that is, energies of 0.313 and 1.313."""
     unary = joint_unary(torch.tensor([[[0.0, 1.0]]]), strength=1.0)
     assert torch.allclose(unary[0, 0], torch.tensor([1.3133, 0.3133]), atol=1e-4)
     assert torch.allclose(unary[1, 0], torch.tensor([0.3133, 1.3133]), atol=1e-4)
@@ -120,7 +120,7 @@ def test_pictures_of_any_shape(size: tuple[int, int]) -> None:
 
 
 def test_one_colour_is_as_if_colour_did_not_matter() -> None:
-    """A black picture, and one of noise whose colours a huge theta_rgb makes equal."""
+    """A black picture gives the same result as noise with a theta_rgb that ignores colour."""
     ragged = blurred(two_squares()[1], 0.1)
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     blind = MaskRefiner(noise, replace(DEMO, bilateral_theta_rgb=1e7))(ragged)
@@ -128,7 +128,7 @@ def test_one_colour_is_as_if_colour_did_not_matter() -> None:
 
 
 @pytest.mark.parametrize("size", ((8, 8), (16, 16), (128, 128), (128, 32)))
-def test_masks_of_another_size_are_fitted(size: tuple[int, int]) -> None:
+def test_masks_of_another_size_are_resized(size: tuple[int, int]) -> None:
     image, truth = two_squares()
     small = torch.nn.functional.interpolate(truth[None], size, mode="bilinear", antialias=True)[0]
     refined = labels(MaskRefiner(image, DEMO)(small))
@@ -154,7 +154,7 @@ def test_pictures_in_8_bits_equal_those_in_floats() -> None:
 
 
 def test_working_size() -> None:
-    """Solved at a quarter of the side with the lengths scaled, the result hardly changes."""
+    """Solving at a quarter of the size, with lengths scaled to match, hardly changes the result."""
     image, truth = two_squares(256, 200)
     ragged = blurred(truth, 0.1)
     settings = replace(DEMO, working_size=64)
@@ -167,7 +167,7 @@ def test_working_size() -> None:
 
 
 def test_lengths_scale_with_the_picture() -> None:
-    """A picture of twice the side has twice the thetas; an oblong one those of the same area."""
+    """Doubling the sides doubles the thetas; an oblong picture has those of its area."""
     assert CUTLER.scale(480, 480) == pytest.approx(1)
     assert CUTLER.scale(960, 960) == pytest.approx(2)
     assert CUTLER.scale(240, 960) == pytest.approx(1)
@@ -177,18 +177,21 @@ def test_lengths_scale_with_the_picture() -> None:
 def test_enlarged_picture_gives_enlarged_result() -> None:
     image, truth = two_squares()
     ragged = blurred(truth, 0.1)
-    twice = [x.repeat_interleave(2, -1).repeat_interleave(2, -2) for x in (image, ragged)]
-    small, large = MaskRefiner(image, DEMO)(ragged), MaskRefiner(twice[0], DEMO)(twice[1])
+    large_image, large_ragged = (
+        maps.repeat_interleave(2, -1).repeat_interleave(2, -2) for maps in (image, ragged)
+    )
+    small = MaskRefiner(image, DEMO)(ragged)
+    large = MaskRefiner(large_image, DEMO)(large_ragged)
     agree = (labels(large)[:, ::2, ::2] == labels(small)).float().mean()
     assert float(agree) > 0.99
 
 
 def test_published_numbers() -> None:
-    """CutLER's crf.py; DiffuMask's."""
+    """Those of CutLER's crf.py and of DiffuMask."""
     numbers = ("iterations", "gaussian_theta_xy", "gaussian_weight", "bilateral_theta_xy")
     numbers += ("bilateral_theta_rgb", "bilateral_weight")
-    assert [getattr(CUTLER, n) for n in numbers] == [10, 3, 7, 50, 5, 10]
-    assert [getattr(DIFFUMASK, n) for n in numbers] == [5, 3, 3, 80, 13, 10]
+    assert [getattr(CUTLER, name) for name in numbers] == [10, 3, 7, 50, 5, 10]
+    assert [getattr(DIFFUMASK, name) for name in numbers] == [5, 3, 3, 80, 13, 10]
 
 
 def test_settings_survive_json() -> None:
@@ -200,7 +203,9 @@ def test_lattice_is_built_once_and_not_before_it_is_needed(monkeypatch: pytest.M
 
     built = []
     real = mean_field.bilateral_features
-    monkeypatch.setattr(mean_field, "bilateral_features", lambda *a: built.append(1) or real(*a))
+    monkeypatch.setattr(
+        mean_field, "bilateral_features", lambda *args: built.append(1) or real(*args)
+    )
     image, truth = two_squares()
     refiner = MaskRefiner(image, DEMO)
     assert not built
@@ -210,32 +215,37 @@ def test_lattice_is_built_once_and_not_before_it_is_needed(monkeypatch: pytest.M
     assert len(built) == 1
 
 
-def test_batch_is_each_picture_alone() -> None:
+def test_refiners_of_several_pictures_are_independent() -> None:
+    """They share the smoothness kernel; each gives what it gives alone, in any order of calls."""
     image, truth = two_squares()
-    images, masks = torch.stack([image, image.flip(-1)]), torch.stack([truth, truth.flip(-2)])
-    batch = refine_batch(images, masks, DEMO)
-    for one, stack, result in zip(images, masks, batch, strict=True):
-        assert torch.equal(MaskRefiner(one, DEMO)(stack), result)
-
-
-def test_batch_needs_masks_for_each_picture() -> None:
-    image, truth = two_squares()
-    with pytest.raises(UserError, match="got 1 images and 2 stacks"):
-        refine_batch(image[None], torch.stack([truth, truth]))
+    images, masks = (image, image.flip(-1)), (truth, truth.flip(-2))
+    alone = []
+    for picture, stack in zip(images, masks, strict=True):
+        cached_gaussian.cache_clear()
+        alone.append(MaskRefiner(picture, DEMO)(stack))
+    refiners = [MaskRefiner(picture, DEMO) for picture in images]
+    for i in (0, 1, 1, 0):
+        assert torch.equal(refiners[i](masks[i]), alone[i])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     (
-        ({"iterations": -1}, "iterations. Expected a whole number from 0"),
+        ({"iterations": -1}, "Bad CRF setting iterations. Expected a whole number from 0"),
         ({"iterations": 2.5}, "iterations. Expected a whole number"),
-        ({"gaussian_theta_xy": 0.0}, "gaussian_theta_xy. Expected a number over 0, got 0.0"),
+        (
+            {"gaussian_theta_xy": 0.0},
+            "gaussian_theta_xy. Expected a number greater than 0, got 0.0",
+        ),
         ({"bilateral_theta_xy": -3.0}, "bilateral_theta_xy"),
         ({"bilateral_theta_rgb": float("nan")}, "bilateral_theta_rgb"),
         ({"bilateral_theta_rgb": float("inf")}, "bilateral_theta_rgb"),
         ({"gaussian_weight": -1.0}, "gaussian_weight"),
         ({"unary_strength": float("nan")}, "unary_strength"),
-        ({"gaussian_theta_xy": None}, "gaussian_theta_xy. Expected a number over 0, got None"),
+        (
+            {"gaussian_theta_xy": None},
+            "gaussian_theta_xy. Expected a number greater than 0, got None",
+        ),
         ({"working_size": 0}, "working_size"),
         ({"working_size": 16.5}, "working_size. Expected a whole number"),
         ({"working_size": "256"}, "working_size. Expected a whole number"),
@@ -245,7 +255,7 @@ def test_batch_needs_masks_for_each_picture() -> None:
     ids=str,
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
-    """Set past the type check of the tests, which users do not have."""
+    """The values are set behind the back of the tests' type checks, which users do not have."""
     settings = copy(CUTLER)
     for name, value in changes.items():
         object.__setattr__(settings, name, value)
@@ -266,7 +276,7 @@ def test_thetas_too_small_for_the_lattice_are_refused() -> None:
         (torch.zeros(8, 8), "Expected RGB"),
         (torch.zeros(3, 0, 8), "Expected RGB"),
         (torch.full((3, 8, 8), 255.0), "0..1, got 255 to 255"),
-        (torch.full((3, 8, 8), float("nan")), "got values that are no numbers"),
+        (torch.full((3, 8, 8), float("nan")), "Bad image. Expected values in 0..1, got NaN"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "Expected floats in 0..1 or uint8"),
     ),
     ids=str,
@@ -283,7 +293,7 @@ def test_bad_images_are_refused(image: Tensor, message: str) -> None:
         (torch.zeros(8, 8), "Expected at least one, of shape"),
         (
             torch.full((1, 8, 8), float("nan")),
-            "Bad masks. Expected values in 0..1, got values that are no numbers",
+            "Bad masks. Expected values in 0..1, got NaN",
         ),
         (torch.full((1, 8, 8), 255, dtype=torch.uint8), "got 255 to 255"),
         (torch.full((1, 8, 8), float("inf")), "got inf"),
@@ -299,13 +309,13 @@ def test_bad_masks_are_refused(masks: Tensor, message: str) -> None:
 def test_a_picture_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "total_memory", lambda device: 1 << 20)
     with pytest.raises(
-        UserError, match=r"4096 pixels needs up to .* GB of memory, cpu has .* working size"
+        UserError, match=r"4096 pixels needs up to .* GB of memory, but cpu has .* working size"
     ):
         MaskRefiner(torch.zeros(3, 64, 64))
     assert MaskRefiner(torch.zeros(3, 64, 64), replace(CUTLER, working_size=16)).size == (64, 64)
 
 
-def test_memory_is_told_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_reported_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert memory.total_memory(cpu) > 1 << 28
     monkeypatch.delattr(os, "sysconf")

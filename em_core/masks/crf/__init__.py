@@ -1,7 +1,7 @@
-"""DenseCRF (Kraehenbuehl and Koltun 2011) in pure PyTorch, and its use on masks."""
+"""DenseCRF (Kraehenbuehl and Koltun 2011) in pure PyTorch, and the refinement of masks with it."""
 
 from .mean_field import DenseCRF
-from .refine import MaskRefiner, joint_unary, labels, refine_batch
+from .refine import MaskRefiner, joint_unary, labels
 from .settings import CUTLER, DEMO, DIFFUMASK, PRESETS, Backend, CRFSettings
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "MaskRefiner",
     "joint_unary",
     "labels",
-    "refine_batch",
 ]

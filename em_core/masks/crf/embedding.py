@@ -1,4 +1,4 @@
-"""Where points lie in the permutohedral lattice: the simplex around each, and its corner weights."""
+"""Embedding of points in the permutohedral lattice: enclosing simplices and barycentric weights."""
 
 import math
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Simplices:
-    """The simplex around each of n points: d + 1 corners, one of each remainder class.
+    """The simplices that enclose n points; each has d + 1 corners, one of each remainder class.
 
     Attributes:
-        cell: corner of class 0, its first d coordinates divided by d + 1 (whole numbers).
-        rank: place of each coordinate among the point's offsets from that corner, largest first.
-        weights: barycentric weight of each class's corner, 0..1; those of a point sum to 1.
+        cell: the first d coordinates of the corner of class 0, divided by d + 1 (whole numbers).
+        rank: rank of each coordinate of the point's offset from that corner, 0 for the largest.
+        weights: barycentric weight of each class's corner, 0..1; a point's weights sum to 1.
     """
 
     cell: Float[Tensor, "d n"]
@@ -30,9 +30,9 @@ class Simplices:
 def embed(features: Float[Tensor, "d n"]) -> Simplices:
     """Find the simplex of each point (Adams, Baek, Davis 2010, section 3.1 and appendix).
 
-    Arithmetic is float32 in the order of Kraehenbuehl and Koltun's implementation (2011), without
-    fused multiply-adds, so that both find the same simplex for the same features. On a CPU the
-    points pass in chunks that fit its cache.
+    Arithmetic is in float32, in the order of Kraehenbuehl and Koltun's implementation (2011) and
+    without fused multiply-adds, so that both find the same simplex for the same features. On a CPU
+    the points are processed in chunks that fit into its cache.
     """
     d, n = features.shape
     cell = features.new_empty(d, n)
@@ -47,15 +47,17 @@ def embed(features: Float[Tensor, "d n"]) -> Simplices:
 
 
 def chunks(columns: Shaped[Tensor, "d n"]) -> Iterator[slice]:
-    """Parts of the columns to work on at a time."""
+    """Ranges of columns to process together: chunks that fit into a CPU's cache; elsewhere, all."""
     n = columns.shape[1]
     step = CHUNK if columns.device.type == "cpu" else n
     return (slice(start, start + step) for start in range(0, n, step))
 
 
 def elevate(features: Float[Tensor, "d n"]) -> Float[Tensor, "classes n"]:
-    """Map features into the hyperplane of coordinate sum 0 (y = E p, p. 5), scaled so that the
-    splat, blur and slice together have unit standard deviation (p. 6)."""
+    """Map features into the hyperplane where coordinates sum to 0 (y = E p, p. 5).
+
+    The scale gives splat, blur and slice together a standard deviation of 1 (p. 6).
+    """
     d = len(features)
     elevated = features.new_empty(d + 1, features.shape[1])
     partial = torch.zeros_like(features[0])
@@ -68,7 +70,7 @@ def elevate(features: Float[Tensor, "d n"]) -> Float[Tensor, "classes n"]:
 
 
 def scale_factors(d: int) -> list[float]:
-    """Diagonal part of E, rounded to float32 where the reference rounds."""
+    """Diagonal part of E, rounded to float32 wherever the authors' code rounds."""
     deviation = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
     return [float(np.float32(1 / math.sqrt((i + 2) * (i + 1)) * deviation)) for i in range(d)]
 
@@ -76,10 +78,10 @@ def scale_factors(d: int) -> list[float]:
 def nearest_corner(
     elevated: Float[Tensor, "classes n"],
 ) -> tuple[Float[Tensor, "classes n"], Int8[Tensor, "classes n"]]:
-    """Closest lattice point of remainder 0, divided by d + 1, and the rank of each coordinate.
+    """Nearest lattice point of remainder 0, divided by d + 1, and the rank of each coordinate.
 
-    Rounding each coordinate alone may leave the hyperplane; as many of the worst rounded
-    coordinates as the sum is off are moved by one step.
+    Rounding coordinates independently may leave the hyperplane. If their sum is off by s, the s
+    coordinates with the largest rounding errors are moved back by one step each.
     """
     classes = len(elevated)
     corner = (elevated * inverse(classes)).round_()
@@ -95,7 +97,7 @@ def inverse(classes: int) -> float:
 
 
 def descending_rank(rows: Float[Tensor, "r n"]) -> Int8[Tensor, "r n"]:
-    """Rank of each row's entry in its column, 0 for the largest; of equals the first row leads."""
+    """Rank of each entry within its column, 0 for the largest; ties go to the earlier row."""
     count = len(rows)
     rank = torch.arange(count, dtype=torch.int8, device=rows.device)[:, None].repeat(
         1, rows.shape[1]
@@ -113,7 +115,10 @@ def barycentric(
     corner: Float[Tensor, "classes n"],
     out: Float[Tensor, "classes n"],
 ) -> None:
-    """Weights of the simplex's corners (p. 10): differences of the sorted offsets."""
+    """Write the barycentric weights of the corners (p. 10): differences of the sorted offsets.
+
+    The elevated points are overwritten.
+    """
     classes = len(elevated)
     offsets = elevated.sub_(corner * float(classes)).mul_(inverse(classes))
     rows = sort_descending(list(offsets.unbind(0)))
@@ -123,8 +128,10 @@ def barycentric(
 
 
 def sort_descending(rows: list[Tensor]) -> list[Tensor]:
-    """Sort the columns by a network of comparators: whole-row minima and maxima beat a sort of
-    many columns a few entries long."""
+    """Sort each column with a sorting network.
+
+    Minima and maxima of whole rows are faster than sorting many columns of a few entries each.
+    """
     for last in range(len(rows) - 1, 0, -1):
         for j in range(last):
             rows[j], rows[j + 1] = (

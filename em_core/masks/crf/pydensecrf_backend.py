@@ -1,4 +1,4 @@
-"""The same CRF computed by the C++ package pydensecrf, where it is installed."""
+"""The same CRF computed by the C++ package pydensecrf, if that is installed."""
 
 from types import ModuleType
 
@@ -13,18 +13,18 @@ from .settings import CRFSettings
 
 
 def load() -> ModuleType:
-    """The package's module.
+    """Import the package's module.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         from pydensecrf import densecrf
     except ImportError as error:
         raise UserError(
-            "The CRF backend 'pydensecrf' is not installed. It needs a C++ compiler: pip install "
-            "pydensecrf2 (the extra 'pydensecrf'). The backend 'torch' gives the same result "
-            "without it."
+            "The CRF backend 'pydensecrf' is not installed. To build it, a C++ compiler is needed: "
+            "pip install pydensecrf2 (the extra 'pydensecrf'). The backend 'torch' gives the same "
+            "result without it."
         ) from error
     return densecrf
 
@@ -32,7 +32,7 @@ def load() -> ModuleType:
 def infer(
     unary: Float[Tensor, "labels h w"], image: Float[Tensor, "3 h w"], settings: CRFSettings
 ) -> Float[Tensor, "labels h w"]:
-    """Marginals of the unary energies on an RGB image in 0..255, on the CPU.
+    """Marginals for unary energies on an RGB image in 0..255, computed on the CPU.
 
     Raises:
         UserError: the package is not installed.

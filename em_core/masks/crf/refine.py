@@ -1,4 +1,4 @@
-"""Masks of a picture, refined by its DenseCRF."""
+"""Refinement of a picture's masks with its DenseCRF."""
 
 from functools import cached_property
 
@@ -12,29 +12,27 @@ from ...errors import UserError
 from . import pydensecrf_backend
 from .mean_field import DenseCRF
 from .memory import require_memory
-from .settings import CRFSettings
-
-CUTLER = CRFSettings()
+from .settings import CUTLER, CRFSettings
 
 
 class MaskRefiner:
-    """Refines masks of one picture; its lattice is built at first use and kept.
+    """Refines masks of one picture. The lattices are built on first use and kept.
 
-    Calls are independent: the same refiner serves every E-step, and any number of masks.
+    Calls are independent of each other, so one refiner can serve every E-step with any number of masks.
     """
 
     def __init__(self, image: Shaped[Tensor, "..."], settings: CRFSettings = CUTLER):
         """
         Args:
-            image: RGB of shape (3, h, w), float in 0..1 or uint8 in 0..255; colours are rounded to 8 bits.
-            settings: kernels, unary and solver.
+            image: RGB of shape (3, h, w), float in 0..1 or uint8; colours are rounded to 8 bits.
+            settings: parameters of the kernels, the unary and the solver.
 
         Raises:
-            UserError: not an RGB image, NaN in it, values out of range, or too large for memory.
+            UserError: the image is not RGB, has NaN or values out of range, or is too large for memory.
         """
         self.settings = settings
         self.device = image.device
-        # Other accelerators lack some of the operations; a CPU has them all.
+        # Accelerators other than CUDA lack some of the operations, so the CPU is used instead.
         image = colours(image if image.device.type in ("cpu", "cuda") else image.cpu())
         self.size = (int(image.shape[-2]), int(image.shape[-1]))
         self.image = shrink(image, settings.working_size)
@@ -42,17 +40,19 @@ class MaskRefiner:
 
     @cached_property
     def crf(self) -> DenseCRF:
-        """The picture's kernels, at the working size."""
+        """The CRF of the picture at the working size."""
         return DenseCRF.of_image(self.image, self.settings)
 
     def __call__(self, masks: Shaped[Tensor, "..."]) -> Float[Tensor, "k h w"]:
-        """Foreground marginals of k masks, 0..1, at the picture's size.
+        """Foreground marginals of k masks, 0..1, at the size of the picture.
 
         Args:
-            masks: k of them, shape (k, hm, wm), 0..1 or bool, of any size: they are resized to the picture.
+            masks: one or more, of shape (k, hm, wm), bool or in 0..1. Masks of another size are
+                resized to the picture's.
 
         Raises:
-            UserError: no mask, NaN, values outside 0..1; or the backend is not installed.
+            UserError: there are no masks, they have NaN or values outside 0..1, or the backend is not
+                installed.
         """
         resized = resize(check_masks(masks).to(self.image), *self.image.shape[-2:])
         solve = self.solve_joint if self.settings.joint else self.solve_alone
@@ -60,11 +60,11 @@ class MaskRefiner:
             return resize(solve(resized), *self.size).to(self.device)
 
     def solve_joint(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
-        """One CRF with a label for each mask and a last one for the background."""
+        """Solve one CRF with a label for each mask and a last one for the background."""
         return self.infer(joint_unary(masks, self.settings.unary_strength))[:-1]
 
     def solve_alone(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
-        """One binary CRF for each mask."""
+        """Solve one binary CRF for each mask."""
         strength = self.settings.unary_strength
         if self.settings.backend == "pydensecrf":
             alone = [self.infer(joint_unary(mask[None], strength))[:1] for mask in masks]
@@ -74,36 +74,19 @@ class MaskRefiner:
         return rearrange(Q, "k (h w) -> k h w", h=masks.shape[-2])
 
     def infer(self, unary: Float[Tensor, "labels h w"]) -> Float[Tensor, "labels h w"]:
-        """Marginals of any unary energies at the working size."""
+        """Marginals for unary energies given at the working size."""
         if self.settings.backend == "pydensecrf":
             return pydensecrf_backend.infer(unary, self.image, self.settings)
         Q = self.crf.infer(rearrange(unary, "l h w -> l (h w)"), self.settings.iterations)
         return rearrange(Q, "l (h w) -> l h w", h=unary.shape[-2])
 
 
-def refine_batch(
-    images: Shaped[Tensor, "b 3 h w"],
-    masks: Shaped[Tensor, "stacks k hm wm"],
-    settings: CRFSettings = CUTLER,
-) -> Float[Tensor, "b k h w"]:
-    """Foreground marginals of k masks of each of b pictures, one stack a picture.
-
-    Raises:
-        UserError: as many images as stacks of masks were expected; and see :class:`MaskRefiner`.
-    """
-    if len(images) != len(masks) or not len(images):
-        raise UserError(
-            f"Bad batch. Expected masks for each image, got {len(images)} images and {len(masks)} stacks of masks."
-        )
-    pairs = zip(images, masks, strict=True)
-    return torch.stack([MaskRefiner(image, settings)(stack) for image, stack in pairs])
-
-
 def labels(marginals: Float[Tensor, "k h w"], joint: bool = True) -> Bool[Tensor, "k h w"]:
-    """The most probable label of each pixel as k masks.
+    """Turn marginals into k masks by taking the most probable label of each pixel.
 
-    Jointly, a pixel belongs to the mask that is more probable than every other and than the
-    background, which has what the masks leave; alone, to every mask over one half.
+    If solved jointly, a pixel belongs to its most probable mask, or to none if the background, which
+    has the remaining probability, is at least as probable. Otherwise it belongs to every mask with a
+    probability over one half.
     """
     if not joint:
         return marginals > 0.5
@@ -113,16 +96,17 @@ def labels(marginals: Float[Tensor, "k h w"], joint: bool = True) -> Bool[Tensor
 
 
 def joint_unary(masks: Float[Tensor, "k h w"], strength: float) -> Float[Tensor, "labels h w"]:
-    """-log softmax of the stack of masks and their background, 1 - their maximum, last.
+    """-log softmax(strength * labels), where the labels are the masks and, last, the background.
 
-    With strength 1 and one binary mask this is CutLER's unary: probabilities 0.731 and 0.269.
+    The background is 1 minus the maximum of the masks. With strength 1 and one binary mask, this is
+    CutLER's unary: probabilities of 0.731 and 0.269.
     """
     background = 1 - masks.amax(dim=0, keepdim=True)
     return -torch.log_softmax(strength * torch.cat([masks, background]), dim=0)
 
 
 def colours(image: Shaped[Tensor, "..."]) -> Float[Tensor, "3 h w"]:
-    """Whole numbers 0..255 as float32, from floats in 0..1 or uint8."""
+    """Colours as whole numbers 0..255 in float32, from floats in 0..1 or uint8."""
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise UserError(
             f"Bad image. Expected RGB of shape (3, height, width), got {tuple(image.shape)}."
@@ -136,7 +120,7 @@ def colours(image: Shaped[Tensor, "..."]) -> Float[Tensor, "3 h w"]:
 
 
 def check_masks(masks: Shaped[Tensor, "..."]) -> Shaped[Tensor, "k hm wm"]:
-    """The masks as floats, if they are masks."""
+    """The masks as floats, after checking their shape and values."""
     if masks.ndim != 3 or masks.numel() == 0:
         raise UserError(
             f"Bad masks. Expected at least one, of shape (masks, height, width), got {tuple(masks.shape)}."
@@ -150,9 +134,7 @@ def require_unit_range(what: str, values: Tensor) -> None:
     """Raise a UserError unless all values lie in 0..1."""
     low, high = (float(bound) for bound in torch.aminmax(values))
     if low != low:
-        raise UserError(
-            f"Bad {what}. Expected values in 0..1, got values that are no numbers (NaN)."
-        )
+        raise UserError(f"Bad {what}. Expected values in 0..1, got NaN.")
     if low < 0 or high > 1:
         raise UserError(
             f"Bad {what}. Expected values in 0..1, got {low:g} to {high:g}. Scale them first."
