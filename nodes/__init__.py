@@ -1,4 +1,4 @@
-"""ComfyUI nodes: one file per family, each node a schema and a short `execute`."""
+"""The ComfyUI nodes: one file per group, each node a schema and a short `execute`."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -25,7 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class VisualConcepts(ComfyExtension):
-    """The pack as ComfyUI sees it."""
+    """The extension that ComfyUI loads."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -1,4 +1,4 @@
-"""Concepts in prompts."""
+"""The node that makes learned concepts usable in prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schema import CATEGORY, Concepts, schema
 
 
 class ApplyConceptTokens(io.ComfyNode):
-    """Makes `<name>` work in every prompt that this CLIP encodes."""
+    """Make `<name>` work in every prompt that its CLIP encodes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -23,33 +23,43 @@ class ApplyConceptTokens(io.ComfyNode):
             display_name="Apply Concept Tokens",
             category=CATEGORY,
             search_aliases=["use concepts", "embedding", "textual inversion", "apply lora"],
-            description="After this node a plain CLIP Text Encode understands <name>: with weights, as in "
-            "(<rex>:1.2), in long prompts, and as often as you like.",
+            description="Teaches learned concepts to a MODEL and a CLIP. After this node, a regular CLIP Text "
+            "Encode understands <name> in its prompt, with weights as in (<rex>:1.2), in long prompts, and as "
+            "often as you like.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="Gets the weights that the joint phase learned, if any."
+                    "model",
+                    tooltip="The model to draw with. Weights that were learned together with the concepts, "
+                    "such as a LoRA, are applied to it.",
                 ),
-                io.Clip.Input("clip", tooltip="Learns to read <name>."),
-                Concepts.Input("concepts", tooltip="From Learn Concepts or Load Concepts."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder that will understand <name>. Take it from the same kind of "
+                    "checkpoint that the concepts were learned on.",
+                ),
+                Concepts.Input(
+                    "concepts", tooltip="Learned concepts, from Learn Concepts or Load Concepts."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="Of the tokens and of a LoRA. 1: as learned. 0: the words the concept started from "
-                    "(nothing for one without words). Above 1: exaggerated.",
+                    tooltip="How strongly the concepts and their LoRA show. 1 is as learned, 0 falls back to "
+                    "the words that each concept started from (or to nothing if it had none), and above 1 "
+                    "exaggerates.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where each concept may act: one mask per concept, in the order in which they were "
-                    "learned. Without masks they act everywhere.",
+                    tooltip="Limits each concept to an area of the picture. Give one mask per concept, in the "
+                    "order in which they were learned; without masks, every concept may appear anywhere.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="With the learned weights, if there are any."),
-                io.Clip.Output(tooltip="For CLIP Text Encode: it understands <name>."),
+                io.Model.Output(tooltip="The model, with any learned weights applied."),
+                io.Clip.Output(tooltip="Understands <name>. Connect it to CLIP Text Encode."),
             ],
         )
 
@@ -63,17 +73,17 @@ class ApplyConceptTokens(io.ComfyNode):
 
 
 def layout(concepts: ConceptSet, masks: Any) -> dict[str, Any]:
-    """Concept -> where it may act.
+    """Return the mask inside which each concept may act, by concept name; empty without masks.
 
     Raises:
-        UserError: masks of the wrong count.
+        UserError: the number of masks is not the number of concepts.
     """
     if masks is None:
         return {}
     stack = masks_of(masks)
     if len(stack) != len(concepts.names):
         raise UserError(
-            f"Bad number of masks. Expected {len(concepts.names)}, one for each of "
-            f"{', '.join(concepts.names)}, got {len(stack)}. Join them with Batch Masks in this order."
+            f"Bad number of masks. Expected {len(concepts.names)} (one for each of "
+            f"{', '.join(concepts.names)}), got {len(stack)}. Combine them with Batch Masks in this order."
         )
     return dict(zip(concepts.names, stack, strict=True))

@@ -1,4 +1,4 @@
-"""The demo model and its scenes: everything works with them before any checkpoint is downloaded."""
+"""The demo model and its scenes, so that every node can be tried before a checkpoint is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO = f"{CATEGORY}/demo"
 
 
 class LoadDemoModel(io.ComfyNode):
-    """The small model that comes with the pack."""
+    """Load the small model that comes with the pack."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,17 +22,19 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category=DEMO,
             search_aliases=["checkpoint", "example model", "tiny stable diffusion"],
-            description="A tiny Stable Diffusion that comes with the pack and knows only a world of shapes, "
-            "colours and patterns. It makes the nodes testable without a GPU or a download; it is no "
-            "substitute for a real checkpoint. Its autoencoder shrinks by 4, not 8: an empty latent of "
-            "128x128 makes a picture of 64x64.",
+            description="Loads a tiny Stable Diffusion model that comes with the pack and only knows a world "
+            "of shapes, colours and patterns. Use it to try the nodes without a GPU or a download; it is not a "
+            "substitute for a real checkpoint. Its VAE shrinks pictures by 4 instead of 8, so an empty latent "
+            "of 128x128 makes a picture of 64x64.",
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="The demo model's UNet."),
+                io.Model.Output(tooltip="The demo model's UNet, the part that draws."),
                 io.Clip.Output(
-                    tooltip="Its text encoder; it refuses words that it was never shown."
+                    tooltip="The demo model's text encoder. It refuses words that it was never shown."
                 ),
-                io.Vae.Output(tooltip="Its autoencoder: 64x64 pixels to 16x16."),
+                io.Vae.Output(
+                    tooltip="The demo model's VAE. It turns 64x64 pixels into a 16x16 latent."
+                ),
             ],
         )
 
@@ -45,7 +47,7 @@ class LoadDemoModel(io.ComfyNode):
 
 
 class DemoScene(io.ComfyNode):
-    """A picture with two concepts that the demo model has never seen."""
+    """Render a picture with two concepts that the demo model has never seen."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,8 +56,8 @@ class DemoScene(io.ComfyNode):
             display_name="Demo Scene",
             category=DEMO,
             search_aliases=["example image", "test picture"],
-            description="A picture of two new objects, the prompt that names them as concepts, and their true "
-            "masks. The same seed gives the same scene.",
+            description="Renders a picture of two objects that the demo model has never seen, together with "
+            "the prompt that marks them as concepts and their true masks.",
             inputs=[
                 io.Int.Input(
                     "seed",
@@ -63,19 +65,26 @@ class DemoScene(io.ComfyNode):
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=False,
-                    tooltip="Which scene; the same again.",
+                    tooltip="Chooses the scene. The same seed and kind always give the same scene.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=["A", "B", "C"],
                     default="A",
-                    tooltip="A: known looks in new combinations. B: new colours and patterns. C: new shapes.",
+                    tooltip="What is new about the objects. A: new combinations of known looks. B: new colours "
+                    "and patterns. C: new shapes.",
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The picture, 64x64."),
-                io.String.Output("prompt", display_name="prompt", tooltip="For Concept Example."),
-                io.Mask.Output(tooltip="The true mask of each concept, in the prompt's order."),
+                io.Image.Output(tooltip="The picture, 64x64 pixels."),
+                io.String.Output(
+                    "prompt",
+                    display_name="prompt",
+                    tooltip="The prompt that marks both concepts. Connect it to Concept Example.",
+                ),
+                io.Mask.Output(
+                    tooltip="The true mask of each concept, in the order of the prompt."
+                ),
             ],
         )
 

@@ -1,4 +1,4 @@
-"""Pictures with their prompts."""
+"""The node that turns pictures and their prompts into training examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schema import CATEGORY, Examples, schema
 
 
 class ConceptExample(io.ComfyNode):
-    """A picture, or a batch of them, with the prompt that names its concepts."""
+    """Pair a picture, or a batch of them, with the prompt that marks its concepts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,35 +25,39 @@ class ConceptExample(io.ComfyNode):
             display_name="Concept Example",
             category=CATEGORY,
             search_aliases=["training image", "dataset", "textual inversion", "learn from image"],
-            description="A picture to learn from, with a prompt that marks what is to be learned, as in: "
+            description="A picture to learn from, with a prompt that marks what to learn, as in: "
             + EXAMPLE,
             inputs=[
                 io.Image.Input(
-                    "image", tooltip="The picture. A batch of pictures shares the prompt."
+                    "image",
+                    tooltip="The picture to learn from. The pictures of a batch share one prompt.",
                 ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="a photo of <rex:dog> on <shore:beach>",
-                    tooltip="Describe the picture and mark each concept as <name:words it starts from>. "
-                    "<name> alone starts from the best of several random draws. A background can be a concept too.",
+                    tooltip="Describe the picture and mark each thing to learn as <name:words>, as in "
+                    "<rex:dog>: learning starts from what the words mean. <name> alone starts from the best of "
+                    "several random tries. A background can be a concept too.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One mask per concept, in the prompt's order (for each picture in turn where "
-                    "there are several). Mode 'given' learns under them; the other modes only compare "
-                    "with them.",
+                    tooltip="One mask per concept, in the order of the prompt; with several pictures, first "
+                    "all masks of the first picture, and so on. Mode 'given' learns from these masks, the "
+                    "other modes only compare their own with them.",
                 ),
                 Examples.Input(
                     "examples",
                     optional=True,
-                    tooltip="Further examples, from another Concept Example.",
+                    tooltip="More examples to learn from, from another Concept Example.",
                 ),
             ],
             outputs=[
                 Examples.Output(
-                    "out", display_name="examples", tooltip="All examples, for Learn Concepts."
+                    "out",
+                    display_name="examples",
+                    tooltip="All examples together. Connect them to Learn Concepts.",
                 )
             ],
         )
@@ -70,10 +74,10 @@ class ConceptExample(io.ComfyNode):
 
 
 def make_examples(image: Any, text: str, masks: Any) -> list[Example]:
-    """One example per picture of the batch.
+    """Make one example per picture of the batch.
 
     Raises:
-        UserError: an empty prompt, no concept in it, or masks of the wrong count.
+        UserError: the prompt is empty or marks no concept, or the number of masks is wrong.
     """
     if not text.strip():
         raise UserError(
@@ -89,18 +93,22 @@ def make_examples(image: Any, text: str, masks: Any) -> list[Example]:
 
 
 def named_masks(masks: Any, prompt: ConceptPrompt, pictures: list[Picture]) -> list[NamedMasks]:
-    """Per picture, concept -> its mask at the picture's size."""
+    """Return each picture's masks by concept name, resized to the picture.
+
+    Raises:
+        UserError: the number of masks is wrong.
+    """
     if masks is None:
         return [{} for _ in pictures]
     stack, names = masks_of(masks), prompt.names
     wanted = len(names) * len(pictures)
     if len(stack) != wanted:
         raise UserError(
-            f"Bad number of masks. Expected {wanted}, one for each of {', '.join(names)} in "
-            f"{len(pictures)} picture(s), got {len(stack)}. Join them with Batch Masks in the prompt's order."
+            f"Bad number of masks. Expected {wanted} (one for each of {', '.join(names)} in each of "
+            f"{len(pictures)} picture(s)), got {len(stack)}. Combine them with Batch Masks in the prompt's order."
         )
     groups = stack.reshape(len(pictures), len(names), *stack.shape[-2:])
     return [
-        dict(zip(names, labels_of(group, (p.shape[-2], p.shape[-1])), strict=True))
-        for group, p in zip(groups, pictures, strict=True)
+        dict(zip(names, labels_of(group, (picture.shape[-2], picture.shape[-1])), strict=True))
+        for group, picture in zip(groups, pictures, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Masks from a prompt: words or learned concepts."""
+"""The node that finds masks from a prompt, for plain words and learned concepts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WARM = (1.0, 0.55, 0.1)
 
 
 class ExtractLatentMasks(io.ComfyNode):
-    """Reads masks off a checkpoint's cross-attention."""
+    """Read masks off a checkpoint's cross-attention."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,43 +40,53 @@ class ExtractLatentMasks(io.ComfyNode):
             display_name="Extract Latent Masks",
             category=MASKS,
             search_aliases=["text to mask", "segment by text", "attention map", "daam", "clipseg"],
-            description="Text to mask with any SD 1.x, 2.x or SDXL checkpoint: mark what is to be found, as in: "
-            f"{EXAMPLE}. With learned concepts, <name> alone finds them in other pictures.",
+            description="Turns text into masks with any SD 1.x, 2.x or SDXL checkpoint. Mark what to find, as "
+            f"in: {EXAMPLE}. If you connect learned concepts, <name> alone finds them in other pictures.",
             inputs=[
                 io.Model.Input("model", tooltip="Any Stable Diffusion 1.x, 2.x or SDXL checkpoint."),
-                io.Clip.Input("clip", tooltip="From the same checkpoint."),
-                io.Vae.Input("vae", tooltip="From the same checkpoint."),
-                io.Image.Input("image", tooltip="The pictures to look in."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint as the MODEL."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint as the MODEL."),
+                io.Image.Input("image", tooltip="The picture, or batch of pictures, to search."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default=EXAMPLE,
-                    tooltip="Describe the picture; mark what is to be found as <any_name:words>, or <name> of a "
-                    "learned concept. Naming the background as well makes the masks sharper.",
+                    tooltip="Describe the picture and mark what to find as <any_name:words>, or as <name> for "
+                    "a learned concept. Marking the background as well makes the masks sharper.",
                 ),
-                Concepts.Input("concepts", optional=True, tooltip="Learned concepts that the prompt names."),
+                Concepts.Input(
+                    "concepts", optional=True,
+                    tooltip="Learned concepts, if the prompt uses any. Leave it empty to search for plain words.",
+                ),
                 io.Int.Input(
                     "passes", default=20, min=1, max=200, optional=True,
-                    tooltip="Noise samples that are averaged: more is steadier and slower.", **ADVANCED,
+                    tooltip="How many noisy versions of the picture are averaged. More passes give steadier "
+                    "masks but take longer.", **ADVANCED,
                 ),
                 io.Float.Input(
                     "threshold", default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
-                    tooltip="What a map scaled to 0..1 must exceed. 0: what suits the model.", **ADVANCED,
+                    tooltip="How strongly a spot must respond, from 0 to 1, to belong to a mask. Raise it for "
+                    "smaller masks. 0 uses the value that suits the model.", **ADVANCED,
                 ),
                 io.Combo.Input(
                     "crf", options=[AUTO, *CRF_PRESETS], default=AUTO, optional=True,
-                    tooltip="DenseCRF that refines the masks.", **ADVANCED,
+                    tooltip="Makes the masks follow the picture's edges (DenseCRF). 'auto' picks what suits "
+                    "the model, 'off' skips this step.", **ADVANCED,
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**31 - 1, optional=True, control_after_generate=False,
-                    tooltip="Of the noise.", **ADVANCED,
+                    tooltip="Seed of the random noise. Change it to search with different noise.", **ADVANCED,
                 ),
             ],
             outputs=[
                 io.Mask.Output(
-                    "masks", display_name="masks", tooltip="One per name, for each picture in turn."
+                    "masks", display_name="masks",
+                    tooltip="One mask per marked name, for one picture after the other.",
                 ),
-                io.Image.Output("heat", display_name="heat maps", tooltip="The attention itself."),
+                io.Image.Output(
+                    "heat", display_name="heat maps",
+                    tooltip="How strongly each spot responds to each name, glowing over the dimmed picture.",
+                ),
             ],
         )  # fmt: skip
 
@@ -95,7 +105,9 @@ class ExtractLatentMasks(io.ComfyNode):
         seed: int = 0,
     ) -> io.NodeOutput:
         if not prompt.strip():
-            raise UserError(f"The prompt is empty. Mark what is to be found, as in: {EXAMPLE}")
+            raise UserError(
+                f"The prompt is empty. Describe the picture and mark what to find, as in: {EXAMPLE}"
+            )
         parsed = ConceptPrompt.parse(prompt).require_concepts()
         pictures = pictures_of(image)
         if concepts is not None:
@@ -103,15 +115,18 @@ class ExtractLatentMasks(io.ComfyNode):
         host = ComfyHost(identify(model, clip, vae))
         settings = mask_settings(em_settings(host.models.family).masks, passes, threshold, crf)
         try:
-            found = [find_masks(host, p, parsed, concepts, settings, seed) for p in pictures]
+            results = [
+                find_masks(host, picture, parsed, concepts, settings, seed) for picture in pictures
+            ]
         finally:
             host.release()
-        heat = torch.cat([heat_maps(p, f.maps) for p, f in zip(pictures, found, strict=True)])
-        return io.NodeOutput(to_mask([f.masks for f in found]), heat)
+        pairs = zip(pictures, results, strict=True)
+        heat = torch.cat([heat_maps(picture, result.maps) for picture, result in pairs])
+        return io.NodeOutput(to_mask([result.masks for result in results]), heat)
 
 
 def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: str) -> MaskSettings:
-    """The family's settings, changed as asked."""
+    """Return the family's settings with the node's inputs applied."""
     settings = replace(settings, init_timesteps=passes)
     if threshold:
         settings = replace(settings, threshold=threshold)
@@ -121,7 +136,7 @@ def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: st
 
 
 def heat_maps(picture: Picture, maps: Tensor) -> Tensor:
-    """The picture dimmed, with each map glowing over it."""
+    """Draw each map as a glow over the dimmed picture."""
     glow = resize(maps, (picture.shape[-2], picture.shape[-1]), "map")
     colour = torch.tensor(WARM)[:, None, None]
     shown = 0.35 * picture[None] + 0.65 * glow[:, None] * colour

@@ -1,4 +1,4 @@
-"""Concept files, and their exports."""
+"""The nodes that save, load and export concept files."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ folder_paths.folder_names_and_paths.setdefault(
 
 
 def require_name(name: str) -> str:
-    """A name that makes a file in the right folder and nothing else.
+    """Return `name` if it is safe to use as a file name.
 
     Raises:
-        UserError: it is empty, or holds anything but letters, digits, '_' and '-'.
+        UserError: it is empty, too long, reserved on Windows, or holds anything but letters, digits,
+            '_' and '-'.
     """
     if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
         raise UserError(
-            f"Bad name {name!r}. Expected letters, digits, '_' or '-', at most 100, as in rex_and_doll: "
-            "the name is used in prompts and for files."
+            f"Bad name {name!r}. Expected up to 100 letters, digits, '_' or '-', as in rex_and_doll. Choose "
+            "another name; it is used in prompts and as a file name."
         )
     return name
 
 
 def folder_of(kind: str) -> Path:
-    """Where files of a kind are written."""
+    """Return the folder that files of this kind are written to."""
     return Path(folder_paths.get_folder_paths(kind)[0])
 
 
 class SaveConcepts(io.ComfyNode):
-    """A concept file, and the embeddings and the LoRA in it as files of their own."""
+    """Save a concept file and export its embeddings and LoRA as separate files."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -60,31 +61,35 @@ class SaveConcepts(io.ComfyNode):
                 "export lora",
                 "save textual inversion",
             ],
-            description="Saves concepts for Load Concepts and, for use without this pack and in other programs, as "
-            "embeddings (embedding:name in a prompt) and a LoRA.",
+            description="Saves concepts for Load Concepts. It also exports them as embeddings (embedding:name "
+            "in a prompt) and a LoRA, for use without this pack and in other programs.",
             is_output_node=True,
             inputs=[
-                Concepts.Input("concepts", tooltip="From Learn Concepts."),
+                Concepts.Input("concepts", tooltip="The concepts to save, from Learn Concepts."),
                 io.String.Input(
                     "name",
                     default="my_concepts",
-                    tooltip="Letters, digits, '_' and '-'. One concept is exported under this name; several as "
-                    "name_concept each.",
+                    tooltip="Name of the saved files: letters, digits, '_' and '-'. A single concept is "
+                    "exported under this name, several are exported as name_concept each.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace files of the same name. Off: refuse.",
+                    tooltip="Replace existing files of the same name. When off, existing files are kept and "
+                    "the node reports an error.",
                 ),
                 io.Boolean.Input(
                     "exports",
                     default=True,
-                    tooltip="Also write models/embeddings and models/loras.",
+                    tooltip="Also write the concepts to models/embeddings and any learned LoRA to "
+                    "models/loras, for use without this pack.",
                 ),
             ],
             outputs=[
                 io.String.Output(
-                    "text", display_name="text", tooltip="To paste into prompts elsewhere."
+                    "text",
+                    display_name="text",
+                    tooltip="The embeddings' names, to paste into prompts elsewhere.",
                 )
             ],
         )
@@ -98,46 +103,48 @@ class SaveConcepts(io.ComfyNode):
 
 
 def save_concepts(concepts: ConceptSet, name: str, overwrite: bool, exports: bool) -> str:
-    """Write the files; gives the text to paste.
+    """Write the files and return the text to paste into prompts.
 
     Raises:
-        UserError: a bad name, a file that exists, or a folder that cannot be written.
+        UserError: the name is bad, a file already exists, or a folder cannot be written.
     """
     require_name(name)
     embeddings = {
-        export_name(name, c, concepts): embedding_tensors(concepts, c) for c in concepts.names
+        export_name(name, concept, concepts): embedding_tensors(concepts, concept)
+        for concept in concepts.names
     }
     lora = lora_tensors(concepts) if exports else {}
     files: dict[Path, Mapping[str, Tensor]] = {}
     if exports:
-        files = {folder_of("embeddings") / f"{n}{SUFFIX}": of for n, of in embeddings.items()}
+        folder = folder_of("embeddings")
+        files = {folder / f"{export}{SUFFIX}": vectors for export, vectors in embeddings.items()}
     if lora:
         files[folder_of("loras") / f"{name}{SUFFIX}"] = lora
     target = folder_of(KIND) / f"{name}{SUFFIX}"
     there = [str(file) for file in (target, *files) if file.exists()]
     if there and not overwrite:
         raise UserError(
-            f"There is already {', '.join(there)}. Choose another name, or switch on 'overwrite'."
+            f"Files of this name already exist: {', '.join(there)}. Choose another name, or switch on 'overwrite'."
         )
     for file, tensors in files.items():
         write_export(file, tensors, lora_metadata(concepts) if tensors is lora else {})
     concepts.save(target)
-    return " ".join(f"embedding:{n}" for n in embeddings) if exports else ""
+    return " ".join(f"embedding:{export}" for export in embeddings) if exports else ""
 
 
 def export_name(name: str, concept: str, concepts: ConceptSet) -> str:
-    """The embedding's name: the given one, with the concept's where there are several."""
+    """Return the embedding's name: the given one, followed by the concept's if there are several."""
     return name if len(concepts.names) == 1 else f"{name}_{concept}"
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write plain safetensors, whole or not at all."""
-    clean = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    """Write a plain safetensors file, in full or not at all."""
+    clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_aside(file, lambda aside: save_file(clean, aside, metadata=dict(metadata) or None))
 
 
 class LoadConcepts(io.ComfyNode):
-    """Concepts from a file."""
+    """Load concepts from a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -146,27 +153,27 @@ class LoadConcepts(io.ComfyNode):
             display_name="Load Concepts",
             category=CATEGORY,
             search_aliases=["load embedding", "open concepts"],
-            description="Concepts that Save Concepts wrote, or `python -m em_core learn` "
+            description="Loads concepts that were saved by Save Concepts or by `python -m em_core learn` "
             f"(put its concepts.safetensors into models/{KIND}).",
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=folder_paths.get_filename_list(KIND),
-                    tooltip=f"A file in models/{KIND}.",
+                    tooltip=f"A concept file in models/{KIND}.",
                 )
             ],
             outputs=[
                 Concepts.Output(
                     "concepts",
                     display_name="concepts",
-                    tooltip="For Apply Concept Tokens and Extract.",
+                    tooltip="Connect them to Apply Concept Tokens or Extract Latent Masks.",
                 )
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:  # type: ignore[override]
-        """Another content under the same name is another input."""
+        """Change whenever the file does, so that new content under the same name is loaded."""
         status = Path(folder_paths.get_full_path_or_raise(KIND, name)).stat()
         return f"{name} {status.st_mtime_ns} {status.st_size}"
 

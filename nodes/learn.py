@@ -1,4 +1,4 @@
-"""Learning concepts and their masks."""
+"""The node that learns concepts and finds their masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AUTO = "auto"
 
 
 class LearnConcepts(io.ComfyNode):
-    """The EM loop, and the joint phase after it."""
+    """Run the EM loop and, if asked for, the joint phase after it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,26 +37,38 @@ class LearnConcepts(io.ComfyNode):
                 "train lora",
                 "em",
             ],
-            description="Learns a token for every concept in the examples' prompts, and finds each concept's mask, "
-            "without masks being painted. A run that was finished once is found again and never trained twice; "
-            "one that was interrupted goes on where it stopped.",
+            description="Learns a token (a new word) for every concept that the examples' prompts mark, and "
+            "finds each concept's mask, so there is no need to paint any. A finished run is remembered and "
+            "never trained twice; an interrupted run continues where it stopped.",
             inputs=[*main_inputs(), *advanced_inputs()],
             outputs=[
                 Concepts.Output(
-                    "concepts", display_name="concepts", tooltip="For Apply, Save and Extract."
+                    "concepts",
+                    display_name="concepts",
+                    tooltip="Connect them to Apply Concept Tokens, Save Concepts or Extract Latent Masks.",
                 ),
                 io.Mask.Output(
                     "masks",
                     display_name="masks",
-                    tooltip="Every concept of every example, in order.",
+                    tooltip="The mask of every concept in every example, in order.",
                 ),
                 LoraModel.Output(
                     "lora",
                     display_name="lora",
-                    tooltip="The joint phase's weights; empty without one.",
+                    tooltip="The weights that the joint phase learned, for ComfyUI's Save LoRA. Empty without "
+                    "a joint phase.",
                 ),
-                LossMap.Output("loss", display_name="loss", tooltip="For Plot Loss Graph."),
-                io.Image.Output("curves", display_name="curves", tooltip="Losses, areas, and IoU."),
+                LossMap.Output(
+                    "loss",
+                    display_name="loss",
+                    tooltip="The training loss of every step. Connect it to Plot Loss Graph.",
+                ),
+                io.Image.Output(
+                    "curves",
+                    display_name="curves",
+                    tooltip="A plot of the losses, the masks' areas and, if the examples have masks, how well "
+                    "the found masks match them (IoU).",
+                ),
             ],
         )
 
@@ -75,7 +87,7 @@ class LearnConcepts(io.ComfyNode):
         **advanced: Any,
     ) -> io.NodeOutput:
         if not examples:
-            raise UserError("No example to learn from. Connect a Concept Example.")
+            raise UserError("There are no examples to learn from. Connect a Concept Example.")
         models = identify(model, clip, vae)
         em, joint_phase = settings_of(models.family, mode, steps, seed, joint, advanced)
         concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
@@ -93,10 +105,12 @@ class LearnConcepts(io.ComfyNode):
 def settings_of(
     family: str, mode: str, steps: int, seed: int, kind: str, advanced: dict[str, Any]
 ) -> tuple[EMSettings, JointSettings]:
-    """Both phases' settings: what suits the family, changed as asked; 0 and "auto" leave it.
+    """Return the settings of both phases: the family's defaults with the node's inputs applied.
+
+    An advanced input that is 0 or "auto" keeps the default.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of range.
     """
     em, joint = em_settings(family), joint_settings(family, kind)
     em = replace(em, mode=mode, steps=steps, seed=seed, **changed(advanced, EM_NAMES))
@@ -122,12 +136,12 @@ JOINT_NAMES = {
 
 
 def changed(advanced: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The inputs that are not 0, under the settings' names."""
-    return {of: advanced[name] for name, of in names.items() if advanced.get(name)}
+    """Return the inputs that are not 0, under the settings' names."""
+    return {setting: advanced[name] for name, setting in names.items() if advanced.get(name)}
 
 
 def masks_settings(em: EMSettings, advanced: dict[str, Any]) -> Any:
-    """How attention becomes masks."""
+    """Return the mask settings with the node's inputs applied."""
     masks, crf = em.masks, advanced.get("crf", AUTO)
     if crf != AUTO:
         masks = replace(masks, crf=None if crf == "off" else PRESETS[crf])
@@ -137,27 +151,31 @@ def masks_settings(em: EMSettings, advanced: dict[str, Any]) -> Any:
 
 
 def main_inputs() -> list[Any]:
-    """What most users choose."""
+    """Return the inputs that most users set."""
     return [
         io.Model.Input(
-            "model", tooltip="Learned on as it is here, with LoRAs and patches before it."
+            "model",
+            tooltip="The model to learn on, including any LoRAs and patches applied before this node. "
+            "It is not changed.",
         ),
-        io.Clip.Input("clip", tooltip="From the same checkpoint as the MODEL."),
-        io.Vae.Input("vae", tooltip="From the same checkpoint as the MODEL."),
-        Examples.Input("examples", tooltip="From Concept Example."),
+        io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint as the MODEL."),
+        io.Vae.Input("vae", tooltip="The VAE of the same checkpoint as the MODEL."),
+        Examples.Input(
+            "examples", tooltip="The pictures and prompts to learn from, from Concept Example."
+        ),
         io.Combo.Input(
             "mode",
             options=["em", "fixed", "given", "none"],
             default="em",
-            tooltip="em: find masks while learning. fixed: find them once at the start. given: use the examples' "
-            "masks. none: no masks, plain textual inversion.",
+            tooltip="Where the masks come from. em: found and improved while learning. fixed: found once at "
+            "the start. given: taken from the examples. none: no masks (plain textual inversion).",
         ),
         io.Int.Input(
             "steps",
             default=400,
             min=1,
             max=20000,
-            tooltip="Steps of learning tokens (demo model: 120).",
+            tooltip="How many training steps the concepts' tokens (the new words) get. Set 120 for the demo model.",
         ),
         io.Int.Input(
             "seed",
@@ -165,68 +183,120 @@ def main_inputs() -> list[Any]:
             min=0,
             max=2**31 - 1,
             control_after_generate=False,
-            tooltip="Of all randomness.",
+            tooltip="Seed of everything random in the run. Change it to learn again with different random choices.",
         ),
         io.Combo.Input(
             "joint",
             options=["none", "lora", "cross_attention", "full"],
             default="none",
-            tooltip="After the tokens, learn weights too: none (tokens only, smallest), a LoRA, keys and values of "
-            "cross-attention, or everything.",
+            tooltip="What else to train, together with the tokens, once they are learned. none: tokens only "
+            "(smallest). lora: a LoRA. cross_attention: the weights through which the picture reads the prompt "
+            "(keys and values of cross-attention). full: all weights.",
         ),
         io.Combo.Input(
             "memory",
             options=CHOICES,
             default="auto",
-            tooltip="What the graphics card has. 24 GB: float32, every joint phase. 12 GB: bfloat16, tokens and "
-            "LoRA. 8 GB: the same, activations computed twice. At most 8, 4 and 1 samples a step.",
+            tooltip="How much memory the graphics card has; auto finds out. 24 GB: full precision (float32), "
+            "every joint phase, at most 8 samples per step. 12 GB: half precision (bfloat16), tokens and LoRA "
+            "only, at most 4 samples per step. 8 GB: like 12 GB but slower, as it computes activations twice "
+            "to save memory, and 1 sample per step.",
         ),
     ]
 
 
 def advanced_inputs() -> list[Any]:
-    """What few users need; 0 or auto means what suits the model."""
+    """Return the inputs that few users change; 0 or "auto" mostly means the value that suits the model."""
 
     def number(name: str, tooltip: str, most: float = 1.0, step: float = 1e-6) -> Any:
         return io.Float.Input(
             name, default=0.0, min=0.0, max=most, step=step, round=False, optional=True,
-            tooltip=f"{tooltip} 0: what suits the model.", **ADVANCED,
+            tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
         )  # fmt: skip
 
     def count(name: str, tooltip: str, most: int, step: int = 1) -> Any:
         return io.Int.Input(
             name, default=0, min=0, max=most, step=step, optional=True,
-            tooltip=f"{tooltip} 0: what suits the model.", **ADVANCED,
+            tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
         )  # fmt: skip
 
     return [
-        count("vectors", "Token vectors per concept.", 32),
-        count("resolution", "Side of the square whose area pictures are resized to.", 2048, 8),
-        count("batch", "Noise samples per step, as far as the memory preset allows.", 8),
-        number("learning_rate", "Learning rate of the tokens."),
-        number("attention_weight", "Weight of the attention loss.", 10.0, 0.001),
+        count(
+            "vectors",
+            "How many word-sized pieces (token vectors) describe each concept. Raise it for "
+            "subjects with a lot of detail.",
+            32,
+        ),
+        count(
+            "resolution",
+            "Pictures are resized to the area of a square with this side, in pixels. Lower it to "
+            "save memory.",
+            2048, 8,
+        ),
+        count(
+            "batch",
+            "How many noisy versions of a picture each step learns from, up to the limit of the "
+            "memory preset. Lower it to save memory.",
+            8,
+        ),
+        number(
+            "learning_rate",
+            "How fast the tokens change (their learning rate). Lower it if training is "
+            "unstable, raise it if concepts are learned too slowly.",
+        ),
+        number(
+            "attention_weight",
+            "How strongly each token's attention is tied to its concept's mask (weight of "
+            "the attention loss). Raise it if concepts bleed into each other.",
+            10.0, 0.001,
+        ),
         io.Float.Input(
             "end_of_text_weight", default=0.0, min=0.0, max=1.0, step=1e-5, round=False, optional=True,
-            tooltip="Weight of ViCo's end-of-text regulariser (ViCo: 0.0005).", **ADVANCED,
+            tooltip="Keeps each token's attention close to that of the prompt's end, which limits overfitting "
+            "(ViCo's end-of-text regulariser). 0 is off; ViCo uses 0.0005.", **ADVANCED,
         ),
-        count("e_step_every", "Steps between estimates of the masks.", 1000),
-        number("threshold", "What an attention map must exceed, 0 to 1.", 1.0, 0.01),
+        count(
+            "e_step_every",
+            "How many training steps pass between updates of the masks. Lower it to update "
+            "them more often, which takes longer.",
+            1000,
+        ),
+        number(
+            "threshold",
+            "How strongly a spot must respond, from 0 to 1, to belong to a mask. Raise it for "
+            "smaller masks.",
+            1.0, 0.01,
+        ),
         io.Boolean.Input(
-            "otsu", default=False, optional=True, tooltip="Choose the threshold by Otsu's method.", **ADVANCED
+            "otsu", default=False, optional=True,
+            tooltip="Choose the threshold automatically for each mask (Otsu's method). 'threshold' is then "
+            "ignored.",
+            **ADVANCED,
         ),
         io.Combo.Input(
             "crf", options=[AUTO, "off", *PRESETS], default=AUTO, optional=True,
-            tooltip="DenseCRF that refines the masks while learning.", **ADVANCED,
+            tooltip="Makes the masks follow the picture's edges while learning (DenseCRF). 'auto' picks what "
+            "suits the model, 'off' skips this step.", **ADVANCED,
         ),
         io.Boolean.Input(
             "flip", default=False, optional=True,
-            tooltip="Mirror pictures at random. Wrong for asymmetric subjects.", **ADVANCED,
+            tooltip="Mirror pictures at random while learning. Leave it off for asymmetric subjects, such as "
+            "lettering.", **ADVANCED,
         ),
-        count("joint_steps", "Steps of the joint phase.", 20000),
-        number("joint_learning_rate", "Learning rate of the joint phase's weights."),
-        count("rank", "Rank of the LoRA.", 128),
+        count("joint_steps", "How many training steps the joint phase takes.", 20000),
+        number(
+            "joint_learning_rate",
+            "How fast the joint phase changes the model's weights (their learning "
+            "rate). Lower it if pictures degrade.",
+        ),
+        count(
+            "rank",
+            "Size of the LoRA (its rank). Raise it to let the LoRA hold more detail, in a larger file.",
+            128,
+        ),
         io.Float.Input(
             "prior_weight", default=0.0, min=0.0, max=10.0, step=0.1, optional=True,
-            tooltip="Prior preservation in the joint phase (Break-a-Scene: 1).", **ADVANCED,
+            tooltip="How strongly the joint phase is kept from forgetting what the model already knows (prior "
+            "preservation). 0 is off; Break-a-Scene uses 1.", **ADVANCED,
         ),
     ]  # fmt: skip

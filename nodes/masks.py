@@ -1,4 +1,4 @@
-"""Nodes for masks from anywhere: refining and comparing them."""
+"""The nodes that refine and compare masks from any source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKS = f"{CATEGORY}/masks"
 
 
 class RefineCRF(io.ComfyNode):
-    """A fully connected conditional random field: masks that follow the picture's edges."""
+    """Fit masks to the picture's edges with a fully connected conditional random field."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,29 +29,33 @@ class RefineCRF(io.ComfyNode):
             display_name="Refine Masks (DenseCRF)",
             category=MASKS,
             search_aliases=["dense crf", "refine mask", "mask edges", "pydensecrf", "clean mask"],
-            description="Lets masks follow the edges of the picture (DenseCRF, Kraehenbuehl and Koltun 2011; pure "
-            "PyTorch, nothing to compile). It mends rough masks and can spoil clean ones: 'off' passes them on.",
+            description="Makes masks follow the edges of the picture (DenseCRF, Kraehenbuehl and Koltun 2011; "
+            "pure PyTorch, nothing to compile). It improves rough masks but can spoil clean ones; 'off' passes "
+            "them through unchanged.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture that the masks belong to."),
                 io.Mask.Input(
                     "mask",
-                    tooltip="Masks of the picture, of any size. With a batch of pictures: the same number "
+                    tooltip="The masks to refine, of any size. For a batch of pictures, give the same number "
                     "of masks for each, in the pictures' order.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=CRF_PRESETS,
                     default="cutler",
-                    tooltip="Published numbers: CutLER's or DiffuMask's for photos, the demo world's for its "
-                    "pictures of 64x64.",
+                    tooltip="Which settings to use. cutler and diffumask: those published with CutLER and "
+                    "DiffuMask, for photos. demo: for the demo model's 64x64 pictures. off: no refinement.",
                 ),
                 io.Boolean.Input(
                     "together",
                     default=True,
-                    tooltip="Solve for all masks of a picture at once, so that none overlap. Off: each alone.",
+                    tooltip="Refine all masks of a picture together, so that none overlap. When off, each is "
+                    "refined on its own.",
                 ),
                 io.Boolean.Input(
-                    "soft", default=False, tooltip="Give probabilities instead of black and white."
+                    "soft",
+                    default=False,
+                    tooltip="Output the probability at each pixel, in shades of grey, instead of black and white.",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -59,7 +63,8 @@ class RefineCRF(io.ComfyNode):
                     min=0,
                     max=100,
                     optional=True,
-                    tooltip="Mean-field updates; 0: the preset's.",
+                    tooltip="How many rounds of refinement to run (mean-field updates). 0 uses the preset's "
+                    "number.",
                     **ADVANCED,
                 ),
                 io.Int.Input(
@@ -68,7 +73,8 @@ class RefineCRF(io.ComfyNode):
                     min=0,
                     max=4096,
                     optional=True,
-                    tooltip="Solve with the longer side at most this long; 0 solves at full size.",
+                    tooltip="Larger pictures are shrunk to this longer side, in pixels, while refining. Lower "
+                    "it to save time and memory; 0 works at full size.",
                     **ADVANCED,
                 ),
                 io.Float.Input(
@@ -78,7 +84,8 @@ class RefineCRF(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     optional=True,
-                    tooltip="How much the given mask is trusted against the picture; near 0 nothing is left of it.",
+                    tooltip="How much the given mask counts against the picture. Raise it to stay closer to "
+                    "the mask; near 0 nothing is left of it.",
                     **ADVANCED,
                 ),
             ],
@@ -111,17 +118,17 @@ class RefineCRF(io.ComfyNode):
 
 
 def refine(image: Any, mask: Any, settings: CRFSettings, soft: bool) -> Tensor:
-    """The masks of each picture, refined.
+    """Refine the masks of each picture.
 
     Raises:
-        UserError: the masks cannot be shared out among the pictures.
+        UserError: the masks cannot be divided evenly among the pictures.
     """
     pictures, masks = pictures_of(image), masks_of(mask)
     each, rest = divmod(len(masks), len(pictures))
     if rest or not each:
         raise UserError(
-            f"Bad number of masks. Expected the same number for each of {len(pictures)} pictures, "
-            f"got {len(masks)}. Join them with Batch Masks in the pictures' order."
+            f"Bad number of masks. Expected the same number for each of {len(pictures)} picture(s), got "
+            f"{len(masks)} in all. Combine them with Batch Masks in the pictures' order."
         )
     refined = []
     for picture, group in zip(pictures, masks.split(each), strict=True):
@@ -131,7 +138,7 @@ def refine(image: Any, mask: Any, settings: CRFSettings, soft: bool) -> Tensor:
 
 
 class CompareMasks(io.ComfyNode):
-    """Intersection over union."""
+    """Measure how well masks agree (intersection over union)."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -140,20 +147,30 @@ class CompareMasks(io.ComfyNode):
             display_name="Compare Masks (IoU)",
             category=MASKS,
             search_aliases=["iou", "mask accuracy", "intersection over union", "mask difference"],
-            description="How well masks agree: intersection over union of each pair, and their overlay "
-            "(both: white, only the first: red, only the second: blue).",
+            description="Measures how well masks agree: intersection over union (IoU) of each pair, from 0 (no "
+            "overlap) to 1 (identical). In the overlay, white is in both masks, red only in the first, blue "
+            "only in the second.",
             inputs=[
-                io.Mask.Input("mask", tooltip="Masks, for example found ones."),
-                io.Mask.Input("reference", tooltip="As many masks, for example true ones."),
+                io.Mask.Input("mask", tooltip="The masks to check, such as those that were found."),
+                io.Mask.Input(
+                    "reference",
+                    tooltip="The masks to compare with, such as the true ones, as many as there are to check.",
+                ),
             ],
             outputs=[
                 io.String.Output(
-                    "text", display_name="text", tooltip="IoU of each pair, and their mean."
+                    "text", display_name="text", tooltip="The IoU of each pair, and their mean."
                 ),
                 io.Float.Output(
-                    "iou", display_name="mean IoU", tooltip="Mean over the pairs, 0 to 1."
+                    "iou",
+                    display_name="mean IoU",
+                    tooltip="The mean IoU of all pairs, from 0 to 1.",
                 ),
-                io.Image.Output("overlay", display_name="overlay", tooltip="One picture per pair."),
+                io.Image.Output(
+                    "overlay",
+                    display_name="overlay",
+                    tooltip="One picture per pair that shows where the masks differ.",
+                ),
             ],
         )
 
@@ -164,16 +181,17 @@ class CompareMasks(io.ComfyNode):
 
 
 def compare(mask: Any, reference: Any) -> tuple[str, float, Tensor]:
-    """Text, mean IoU, and a picture per pair.
+    """Return a text with every IoU, the mean IoU, and one overlay per pair.
 
     Raises:
-        UserError: other numbers of masks.
+        UserError: the numbers of masks differ.
     """
     truth = masks_of(reference)
     found, truth_labels = masks_of(mask), truth > 0.5
     if len(found) != len(truth):
         raise UserError(
-            f"Cannot compare {len(found)} masks with {len(truth)}. Give as many masks as references."
+            f"Bad number of masks. Expected {len(truth)} (one per reference mask), got {len(found)}. "
+            "Connect as many masks as references."
         )
     cut = labels_of(found, (truth.shape[-2], truth.shape[-1]))
     values = iou(cut, truth_labels).tolist()
@@ -182,7 +200,7 @@ def compare(mask: Any, reference: Any) -> tuple[str, float, Tensor]:
     return "\n".join([*lines, f"mean: {mean:.3f}"]), mean, difference_pictures(cut, truth_labels)
 
 
-def difference_pictures(a: Tensor, b: Tensor) -> Tensor:
-    """White where both are, red where only the first, blue where only the second."""
-    both = a & b
-    return torch.stack([a.float(), both.float(), b.float()], dim=-1)
+def difference_pictures(first: Tensor, second: Tensor) -> Tensor:
+    """Paint white what is in both masks, red what is only in the first, blue what is only in the second."""
+    both = first & second
+    return torch.stack([first.float(), both.float(), second.float()], dim=-1)

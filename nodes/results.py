@@ -1,4 +1,4 @@
-"""What a ConceptSet shows as ComfyUI's types."""
+"""The masks, losses and curves of a ConceptSet in ComfyUI's types."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .pictures import labels_of, to_images, to_mask
 
 
 def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tensor, "n h w"]:
-    """Every concept of every example, at the pictures' size."""
+    """Return the mask of every concept in every example, at the pictures' size."""
     stacks = []
     for masks, example in zip(concepts.masks, examples, strict=True):
         names = example.prompt.names
@@ -30,13 +30,13 @@ def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tenso
 
 
 def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
-    """The total loss of every step, as core's loss graph takes it."""
+    """Return the total loss of every step, as ComfyUI's own loss graph takes it."""
     names = ("loss/total", "joint_loss/total")
-    return {"loss": [value for n in names for _, value in concepts.curves.get(n, [])]}
+    return {"loss": [value for name in names for _, value in concepts.curves.get(name, [])]}
 
 
 def curves_image(concepts: ConceptSet) -> Float[Tensor, "1 h w 3"]:
-    """The curves as a picture; without matplotlib a picture that says so."""
+    """Plot the curves; without matplotlib, return a picture that says so."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curves.png"
         try:
@@ -47,7 +47,7 @@ def curves_image(concepts: ConceptSet) -> Float[Tensor, "1 h w 3"]:
 
 
 def notice(text: str) -> Image.Image:
-    """Words as a picture."""
+    """Draw a line of text as a picture."""
     image = Image.new("RGB", (560, 80), "white")
     ImageDraw.Draw(image).text((12, 30), text, fill="black")
     return image

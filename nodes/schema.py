@@ -1,4 +1,4 @@
-"""What the nodes' schemas share: socket types, and what older versions of ComfyUI do not know."""
+"""What the nodes' schemas share: socket types, and support for older versions of ComfyUI."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,5 +15,5 @@ KNOWN = {field.name for field in fields(io.Schema)}
 
 
 def schema(**given: Any) -> io.Schema:
-    """A schema without the parts that this version of ComfyUI does not have."""
+    """Build a schema from the fields that this version of ComfyUI knows; the others are dropped."""
     return io.Schema(**{name: value for name, value in given.items() if name in KNOWN})

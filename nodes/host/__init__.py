@@ -1,1 +1,1 @@
-"""The diffusion-model protocol of em_core over ComfyUI's MODEL, CLIP and VAE."""
+"""The diffusion-model protocol of em_core implemented with ComfyUI's MODEL, CLIP and VAE."""

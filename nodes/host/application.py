@@ -1,4 +1,4 @@
-"""Concepts applied to a MODEL and a CLIP, without touching either."""
+"""Apply concepts to clones of a MODEL and a CLIP; the originals are not touched."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,17 +16,18 @@ from .text import require_same_count, with_concepts, word_vectors
 
 
 def require_same_family(concepts: ConceptSet, clip: Any) -> None:
-    """Refuse concepts that were learned on another family.
+    """Refuse concepts that were learned on a different family.
 
     Raises:
-        UserError: their vectors do not fit the CLIP's text encoders.
+        UserError: the concepts' vectors do not fit the CLIP's text encoders.
     """
     ours = encoder_widths(clip)
     theirs = dict(concepts.identity.encoders)
     if ours != theirs:
         raise UserError(
-            f"The concepts {', '.join(concepts.names)} were learned on a {concepts.identity.family} model "
-            f"(text encoders {theirs}), this CLIP has {ours}. Use a checkpoint of the same family."
+            f"The concepts {', '.join(concepts.names)} do not fit this CLIP. Expected the text encoders of the "
+            f"family they were learned on, {concepts.identity.family} ({theirs}), got {ours}. Use a checkpoint "
+            "of that family."
         )
 
 
@@ -37,13 +38,13 @@ def apply_concepts(
     strength: float,
     masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, Any]:
-    """MODEL and CLIP clones that know the concepts.
+    """Return clones of MODEL and CLIP that know the concepts.
 
-    `strength` scales the learned weights, and moves the tokens between the words that they started
-    from (0) and what was learned (1), or beyond. `masks` lay out where each concept may act.
+    `strength` scales the learned weights and moves the tokens from the words that they started
+    from (0) to what was learned (1), or beyond. `masks` say where each concept may act.
 
     Raises:
-        UserError: the concepts were learned on another family.
+        UserError: the concepts were learned on a different family.
     """
     require_same_family(concepts, clip)
     require_same_count(concepts.vectors)
@@ -60,11 +61,11 @@ def apply_concepts(
 
 
 def vectors_at(clip: Any, concepts: ConceptSet, name: str, strength: float) -> Mapping[str, Tensor]:
-    """A concept's vectors at a strength; without start words it is scaled from zero."""
-    learned = {e: v.detach().clone().float() for e, v in concepts.vectors[name].items()}
+    """Return a concept's vectors at a strength; without initial words they are scaled from zero."""
+    learned = {encoder: v.detach().clone().float() for encoder, v in concepts.vectors[name].items()}
     if strength == 1:
         return learned
-    words = next(c.words for c in concepts.concepts if c.name == name)
+    words = next(concept.words for concept in concepts.concepts if concept.name == name)
     scaled = {}
     for encoder, v in learned.items():
         start = word_vectors(clip, encoder, words, len(v))

@@ -1,4 +1,4 @@
-"""Cross-attention of ComfyUI's UNet: which layers there are, and listening to them."""
+"""Cross-attention of ComfyUI's UNet: listing its layers and listening to them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from ...em_core.model.recording import AttentionRecorder, listening
 
 
 def cross_attention_modules(unet: nn.Module) -> dict[str, CrossAttention]:
-    """Module path -> every cross-attention (attn2), in network order."""
+    """Map module paths to the cross-attention modules (attn2), in network order."""
     return {
-        name: m
-        for name, m in unet.named_modules()
-        if isinstance(m, CrossAttention) and name.endswith("attn2")
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, CrossAttention) and name.endswith("attn2")
     }
 
 
 def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
-    """The cross-attention layers for latents of a size. The innermost block does not localise."""
+    """Return the cross-attention layers for latents of a size. The innermost block does not localise."""
     levels = block_levels(unet)
     layers = []
     for name in cross_attention_modules(unet):
@@ -35,26 +35,28 @@ def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]
 
 
 def block_levels(unet: Any) -> dict[str, int]:
-    """Block path -> how often the latent has been halved where the block's attention works."""
+    """Map block paths to how often the latent has been halved where the block's attention works."""
     levels, level = {}, 0
-    for i, block in enumerate(unet.input_blocks):
+    for index, block in enumerate(unet.input_blocks):
         level += has(block, Downsample)
-        levels[f"input_blocks.{i}"] = level
+        levels[f"input_blocks.{index}"] = level
     levels["middle_block"] = level
-    for i, block in enumerate(unet.output_blocks):
-        levels[f"output_blocks.{i}"] = level
+    for index, block in enumerate(unet.output_blocks):
+        levels[f"output_blocks.{index}"] = level
         level -= has(block, Upsample)
     return levels
 
 
 def has(block: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(m, kind) for m in block.modules())
+    return any(isinstance(module, kind) for module in block.modules())
 
 
 @contextmanager
 def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
     """Let `recorder` see the queries and keys of the UNet's cross-attention while the context is open."""
     modules = cross_attention_modules(unet)
-    projections = {name: (m.to_q, m.to_k, m.heads) for name, m in modules.items()}
+    projections = {
+        name: (module.to_q, module.to_k, module.heads) for name, module in modules.items()
+    }
     with listening(recorder, projections):
         yield recorder

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a UNet's blocks: memory for time."""
+"""Gradient checkpointing of a UNet's blocks, which saves memory at the cost of time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, computed again in the backward pass instead of being remembered."""
+    """Return a `forward` that is recomputed in the backward pass instead of keeping its activations."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if "transformer_options" in kwargs:
-            # ComfyUI writes the block's place into this dict on the way: the repeat needs it as it is now.
+            # ComfyUI keeps the current block's place in this dict; the recomputation needs it as it is now.
             kwargs["transformer_options"] = dict(kwargs["transformer_options"])
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
@@ -27,7 +27,9 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
     """Checkpoint the UNet's residual and transformer blocks while the context is open."""
-    blocks = [m for m in unet.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
+    blocks = [
+        module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResBlock))
+    ]
     try:
         for block in blocks if on else ():
             block.forward = checkpointed(block.forward)

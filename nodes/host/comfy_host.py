@@ -1,4 +1,4 @@
-"""The protocol of em_core.model.protocol over a MODEL, a CLIP and a VAE of ComfyUI."""
+"""The protocol of em_core.model.protocol, implemented with ComfyUI's MODEL, CLIP and VAE."""
 
 import re
 import uuid
@@ -51,8 +51,9 @@ class ComfyHost:
     """The protocol :class:`em_core.model.protocol.DiffusionModel` over ComfyUI.
 
     Attributes:
-        models: what the graph gives, identified.
-        learning: the weights are private copies with gradients; False: the user's own, to read only.
+        models: the graph's models, identified.
+        learning: whether the weights are private copies with gradients; otherwise they are the user's
+            own and only read.
     """
 
     def __init__(self, models: GraphModels, learning: bool = False) -> None:
@@ -73,7 +74,7 @@ class ComfyHost:
         return attention_layers(self.unet, latent_size)
 
     def load(self) -> None:
-        """Bring MODEL and CLIP onto the device together, so that neither pushes the other out."""
+        """Bring MODEL and CLIP onto the device together, so that neither evicts the other."""
         if not self.loaded:
             mm.load_models_gpu([self.model, self.clip.patcher], force_full_load=self.learning)
             self.model.pre_run()
@@ -89,21 +90,21 @@ class ComfyHost:
     def encode_prompts(
         self, prompts: Sequence[ConceptPrompt], vectors: ConceptVectors
     ) -> Conditioning:
-        """Encode prompts with the vectors in place of the concepts; any length.
+        """Encode prompts of any length, with the vectors in place of the concepts.
 
         Raises:
-            UserError: a concept without vectors.
+            UserError: a concept has no vectors.
         """
         self.load()
         require_same_count(vectors)
         tokenizer = with_concepts(self.clip.tokenizer, vectors, tuple(self.models.encoders))
         texts = [prompt_text(prompt, vectors) for prompt in prompts]
         tokens = {text: tokenize(tokenizer, text) for text in dict.fromkeys(texts)}
-        chunks = max(len(rows) for of in tokens.values() for rows in of.values())
+        chunks = max(len(rows) for by_encoder in tokens.values() for rows in by_encoder.values())
         encoded, places = {}, {}
-        for text, of in tokens.items():
-            encoded[text] = self.encode_tokens(pad_chunks(of, tokenizer, chunks))
-            places[text] = find_columns(of, tokenizer, vectors)
+        for text, by_encoder in tokens.items():
+            encoded[text] = self.encode_tokens(pad_chunks(by_encoder, tokenizer, chunks))
+            places[text] = find_columns(by_encoder, tokenizer, vectors)
         pooled = [vector for text in texts if (vector := encoded[text][1]) is not None]
         y = torch.cat([encoded[text][0] for text in texts])
         columns, end = zip(*(places[text] for text in texts), strict=True)
@@ -111,7 +112,7 @@ class ComfyHost:
         return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
 
     def encode_tokens(self, tokens: Any) -> tuple[Tensor, Tensor | None]:
-        """The encoded sequence [1, t, d] and the pooled vector, as CLIP.encode_from_tokens gives them."""
+        """Return the encoded sequence [1, t, d] and the pooled vector, as CLIP.encode_from_tokens does."""
         encoder = self.clip.cond_stage_model
         encoder.reset_clip_options()
         if self.clip.layer_idx is not None:
@@ -125,9 +126,9 @@ class ComfyHost:
     def predict(
         self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        """Output of the UNet with everything that is patched around it.
+        """Return the UNet's output, with all patches around it.
 
-        ComfyUI's models take x = Z_t sqrt(sigma^2 + 1) and give x_0, so both are turned back.
+        ComfyUI's models take x = Z_t sqrt(sigma^2 + 1) and return x_0, so both are converted.
         """
         mm.throw_exception_if_processing_interrupted()
         self.load()
@@ -141,7 +142,7 @@ class ComfyHost:
         return (x / root**2 - x_0) * root / wide
 
     def apply(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """x_0, by the way a sampler of ComfyUI takes through the wrappers and patches of other packs."""
+        """Compute x_0 as ComfyUI's samplers do, through the wrappers and patches of other packs."""
         options = self.model.model_options
         given = {
             "c_crossattn": conditioning.inputs["y"],
@@ -157,22 +158,22 @@ class ComfyHost:
         except RuntimeError as error:
             if self.learning and "nference tensor" in str(error):
                 raise UserError(
-                    "A patch that another node has put on the MODEL cannot take part in learning "
-                    f"({error}). Give LearnConcepts the MODEL from before that node."
+                    "A patch that another node has put on the MODEL does not support learning "
+                    f"({error}). Connect the MODEL from before that node to Learn Concepts."
                 ) from error
             raise
 
     def transformer_options(self, sigma: Tensor) -> dict[str, Any]:
-        """What the UNet's blocks are told: the graph's patches, and what samplers add."""
+        """Return what the UNet's blocks are told: the graph's patches and what samplers add."""
         options = dict(self.model.model_options["transformer_options"])
-        for what in ("wrappers", "callbacks"):
-            of_model = getattr(self.model, what)
-            options[what] = merge_nested_dicts(dict(options.get(what, {})), of_model)
+        for kind in ("wrappers", "callbacks"):
+            registered = getattr(self.model, kind)
+            options[kind] = merge_nested_dicts(dict(options.get(kind, {})), registered)
         added = {"cond_or_uncond": [0], "uuids": [uuid.UUID(int=0)], "sigmas": sigma}
         return options | added | {"sample_sigmas": self.sigmas.flip(0)}
 
     def size_conditioning(self, x: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        """SDXL's vector of the pooled text and the picture's size; nothing for the others."""
+        """Return SDXL's vector of the pooled text and the picture's size; empty for other families."""
         if self.models.family != "sdxl":
             return {}
         height, width = x.shape[-2] * self.models.factor, x.shape[-1] * self.models.factor
@@ -190,7 +191,10 @@ class ComfyHost:
     def initial_vectors(
         self, words: str, count: int | None, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "n d"]]:
-        """Vectors of the words' pieces, or random ones with the table's mean and deviation."""
+        """Return the vectors of the words' pieces or, without words, random ones like the table's.
+
+        Random vectors have the mean and standard deviation of the token table.
+        """
         found = {}
         first = next(iter(self.models.encoders))
         count = count or max(1, len(pieces(self.clip.tokenizer, first, words)))
@@ -202,12 +206,12 @@ class ComfyHost:
         return found
 
     def release(self) -> None:
-        """Undo what running the model sets on it."""
+        """Undo what running the model has set on it."""
         self.model.cleanup()
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """Path -> every weight of the UNet and the text encoders."""
-        named = {f"{UNET}.{n}": p for n, p in self.unet.named_parameters()}
+        """Map paths to all weights of the UNet and the text encoders."""
+        named = {f"{UNET}.{name}": weight for name, weight in self.unet.named_parameters()}
         return named | dict(self.clip.cond_stage_model.named_parameters())
 
     def trainable(
@@ -223,21 +227,25 @@ class ComfyHost:
         return trainable_weights(self.weights(kind), values)
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
-        """Path -> linear layers that a LoRA acts on: the attention of UNet and text encoders."""
-        found = {f"{UNET}.{n}": m for n, m in self.unet.named_modules()}
-        found |= dict(self.clip.cond_stage_model.named_modules())
-        return {n: m for n, m in found.items() if isinstance(m, nn.Linear) and ADAPTABLE.search(n)}
+        """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoders."""
+        modules = {f"{UNET}.{name}": module for name, module in self.unet.named_modules()}
+        modules |= dict(self.clip.cond_stage_model.named_modules())
+        return {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear) and ADAPTABLE.search(name)
+        }
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
-        """Path -> the keys and values of cross-attention, or all weights that take part."""
+        """Map paths to the keys and values of cross-attention, or to all weights that take part."""
         named = self.named_weights()
         if kind == "cross_attention":
-            return {n: p for n, p in named.items() if CROSS_ATTENTION.search(n)}
-        return {n: p for n, p in named.items() if not NO_PART.search(n)}
+            return {name: weight for name, weight in named.items() if CROSS_ATTENTION.search(name)}
+        return {name: weight for name, weight in named.items() if not NO_PART.search(name)}
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
-        """Let learned weights act as ComfyUI's own LoRA loader applies them."""
+        """Apply learned weights with ComfyUI's own LoRA loader while the context is open."""
         if not weights:
             yield
             return
@@ -266,12 +274,12 @@ class ComfyHost:
     def draw(
         self, prompt: ConceptPrompt, vectors: ConceptVectors, seeds: Sequence[int]
     ) -> Float[Tensor, "b 3 H W"]:
-        """Pictures in 0..1, one per seed, by ComfyUI's Euler sampler."""
+        """Draw pictures in 0..1, one per seed, with ComfyUI's Euler sampler."""
         import comfy.sample
 
         conds = [
-            self.sampler_conditioning(p, of)
-            for p, of in ((prompt, vectors), (ConceptPrompt(()), {}))
+            self.sampler_conditioning(text, known)
+            for text, known in ((prompt, vectors), (ConceptPrompt(()), {}))
         ]
         side = self.image_side // self.models.factor
         pictures = []
@@ -287,13 +295,13 @@ class ComfyHost:
         return torch.cat(pictures)
 
     def sampler_conditioning(self, prompt: ConceptPrompt, vectors: ConceptVectors) -> list:
-        """A CONDITIONING as ComfyUI's samplers take it."""
+        """Return a CONDITIONING, as ComfyUI's samplers take it."""
         encoded = self.encode_prompts([prompt], vectors)
         return [[encoded.inputs["y"], {"pooled_output": encoded.inputs.get("pooled")}]]
 
 
 def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
-    """The prompt with its concepts as `<name>`.
+    """Return the prompt with its concepts written as `<name>`.
 
     Raises:
         UserError: a concept has no vectors.
@@ -303,18 +311,19 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
         raise UserError(
             f"Concept {', '.join(missing)} has not been learned. Known: {', '.join(vectors)}."
         )
-    return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt.parts)
+    return "".join(part if isinstance(part, str) else f"<{part.name}>" for part in prompt.parts)
 
 
 @contextmanager
 def learning_host(
     models: GraphModels, dtype: torch.dtype, clip_dtype: torch.dtype | None = None
 ) -> Iterator[ComfyHost]:
-    """A host to learn on: private copies of the weights as the graph has patched them.
+    """Provide a host to learn on, over private copies of the weights as the graph has patched them.
 
     Args:
-        dtype: of the UNet's copy.
-        clip_dtype: of the text encoders'; None: their own.
+        models: the graph's models.
+        dtype: number type of the UNet's copy.
+        clip_dtype: number type of the text encoders' copy; None keeps their own.
 
     Raises:
         UserError: MODEL or CLIP cannot be learned on.
@@ -324,4 +333,4 @@ def learning_host(
         try:
             yield host
         finally:
-            host.__dict__.clear()  # whoever still holds it must not keep the copies alive
+            host.__dict__.clear()  # a leftover reference must not keep the copies alive

@@ -13,14 +13,14 @@ from .families import require_plain_weights
 
 
 def without_paging(patcher: Any) -> Any:
-    """A clone whose weights lie in memory as a whole (newer ComfyUI pages them in by layer)."""
+    """Return a clone with all its weights in memory (newer ComfyUI pages them in layer by layer)."""
     if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
         return patcher.clone(disable_dynamic=True)
     return patcher.clone()
 
 
 def copy_module(model: nn.Module) -> nn.Module:
-    """A deep copy of a model's weights; its configuration and patcher are not copied."""
+    """Deep-copy a model's weights, but not its configuration or patcher."""
     shared = {}
     for name in ("model_config", "current_patcher", "latent_format"):
         value = getattr(model, name, None)
@@ -34,9 +34,9 @@ def copy_module(model: nn.Module) -> nn.Module:
 
 
 def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
-    """A patcher with all of `patcher`'s patches over its own copy of the weights.
+    """Return a patcher that has all of `patcher`'s patches and its own copy of the weights.
 
-    `patcher` must be unloaded: what is copied are the weights without any patch on them.
+    `patcher` must be unloaded, so that the copied weights have no patch applied to them.
 
     Raises:
         UserError: the weights are of a kind that has no gradient.
@@ -57,7 +57,7 @@ def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
 
 
 def private_clip(clip: Any, dtype: torch.dtype | None) -> Any:
-    """A CLIP with all patches of `clip` over its own copy of the weights."""
+    """Return a CLIP that has all of `clip`'s patches and its own copy of the weights."""
     own = clip.clone()
     own.patcher = private_patcher(clip.patcher, None, "CLIP")
     own.cond_stage_model = own.patcher.model
@@ -68,14 +68,14 @@ def private_clip(clip: Any, dtype: torch.dtype | None) -> Any:
 
 def unload(patcher: Any) -> None:
     """Take a patcher off the device and out of ComfyUI's list of loaded models."""
-    for i in reversed(range(len(mm.current_loaded_models))):
-        if mm.current_loaded_models[i].model is patcher:
-            mm.current_loaded_models.pop(i).model_unload()
+    for index in reversed(range(len(mm.current_loaded_models))):
+        if mm.current_loaded_models[index].model is patcher:
+            mm.current_loaded_models.pop(index).model_unload()
 
 
 @contextmanager
 def learning_mode() -> Iterator[None]:
-    """Gradients in spite of the executor's inference mode; ComfyUI's fused kernels off."""
+    """Enable gradients despite the executor's inference mode, and turn ComfyUI's fused kernels off."""
     before = getattr(mm, "in_training", None)
     with torch.inference_mode(False), torch.enable_grad():
         try:
@@ -91,7 +91,7 @@ def learning_mode() -> Iterator[None]:
 def private_copies(
     model: Any, clip: Any, dtype: torch.dtype, clip_dtype: torch.dtype | None
 ) -> Iterator[tuple[Any, Any]]:
-    """Copies of MODEL and CLIP to learn on; gone from the device afterwards, also after an exception."""
+    """Provide copies of MODEL and CLIP to learn on; they leave the device even after an exception."""
     mm.unload_all_models()
     with learning_mode():
         own_model = private_patcher(model, dtype, "MODEL")

@@ -1,4 +1,4 @@
-"""The demo model in ComfyUI's own UNet, CLIP and autoencoder classes."""
+"""The demo model, built from ComfyUI's own UNet, CLIP and autoencoder classes."""
 
 import json
 import re
@@ -24,21 +24,21 @@ BLOCK = re.compile(r"(up_blocks)\.(\d)")
 
 
 def demo_latents(scale: float) -> latent_formats.LatentFormat:
-    """Latents of the demo autoencoder, which have a scale of their own."""
+    """Return the format of the demo autoencoder's latents, which have their own scale."""
     latents = latent_formats.LatentFormat()
     latents.scale_factor = scale
     return latents
 
 
 class DemoModel(supported_models_base.BASE):
-    """What ComfyUI wants to know of a model."""
+    """The demo model's description, as ComfyUI expects it."""
 
     unet_extra_config: dict = {}  # noqa: RUF012
     supported_inference_dtypes = [torch.float32]  # noqa: RUF012
 
 
 class DemoTokenizer(SD1Tokenizer):
-    """CLIP's tokenizer, which refuses words that the demo model was never shown."""
+    """CLIP's tokenizer, but it refuses words that the demo model was never shown."""
 
     known_words: frozenset[str] = frozenset()
 
@@ -52,25 +52,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
-    """A part's weights in float32."""
+    """Read the weights of one part of the model in float32."""
     (file,) = folder.glob("*.safetensors")
-    return {name: x.float() for name, x in load_file(file).items()}
+    return {name: weight.float() for name, weight in load_file(file).items()}
 
 
 def load_demo_model(folder: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE from a diffusers pipeline folder of the demo model.
+    """Load MODEL, CLIP and VAE from the demo model's diffusers pipeline folder.
 
     Raises:
-        UserError: the folder is not there.
+        UserError: the folder does not hold the model.
     """
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"No demo model in {folder}. Install the pack again.")
+        raise UserError(
+            f"The demo model is missing. Expected it in {folder}. Install the pack again."
+        )
     with torch.inference_mode(False):
         return load_model(folder), load_clip(folder), load_vae(folder / "vae")
 
 
 def load_model(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
-    """The UNet as a MODEL. `disable_dynamic` is how ComfyUI asks for a fresh one; it always is."""
+    """Load the UNet as a MODEL.
+
+    ComfyUI passes `disable_dynamic` to ask for a fresh MODEL; this one always is.
+    """
     config = unet_config(read_json(folder / "unet" / "config.json"))
     vae = read_json(folder / "vae" / "config.json")
     demo = DemoModel(config)
@@ -79,7 +84,7 @@ def load_model(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
     base = demo.get_model({}, device=mm.unet_offload_device())
     names = comfy.utils.unet_to_diffusers(demo.unet_config)
     weights = weights_of(folder / "unet")
-    base.diffusion_model.load_state_dict({names[n]: x for n, x in weights.items()})
+    base.diffusion_model.load_state_dict({names[name]: weight for name, weight in weights.items()})
     patcher = ModelPatcher(
         base, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
     )
@@ -88,12 +93,12 @@ def load_model(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
 
 
 def unet_config(config: dict[str, Any]) -> dict[str, Any]:
-    """ComfyUI's description of a diffusers UNet of Stable Diffusion 1.x topology."""
+    """Translate the config of a diffusers UNet of Stable Diffusion 1.x topology into ComfyUI's terms."""
     widths = config["block_out_channels"]
-    heads = config["attention_head_dim"]  # diffusers calls the number of heads so
+    heads = config["attention_head_dim"]  # the number of heads, in spite of its name
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
     sizes = {width // count for width, count in zip(widths, heads, strict=True)}
-    same = {"num_heads": -1, "num_head_channels": sizes.pop()} if len(sizes) == 1 else {
+    head_options = {"num_heads": -1, "num_head_channels": sizes.pop()} if len(sizes) == 1 else {
         "num_heads": heads[0], "num_head_channels": -1,
     }  # fmt: skip
     return convert_config(
@@ -112,13 +117,17 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
             "adm_in_channels": None,
             "use_temporal_attention": False,
             "legacy": False,
-            **same,
+            **head_options,
         }
     )
 
 
 def load_clip(folder: Path) -> comfy.sd.CLIP:
-    """The text encoder and CLIP's own tokenizer as a CLIP."""
+    """Load the text encoder, with CLIP's own tokenizer, as a CLIP.
+
+    Raises:
+        UserError: weights are missing or unexpected.
+    """
     config = read_json(folder / "text_encoder" / "config.json")
     words = read_json(folder / "words.json")
 
@@ -126,7 +135,7 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         def __init__(
             self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None
         ):
-            # The stock class reads its configuration from ComfyUI's folder; this one is given it.
+            # The stock class would read its configuration from ComfyUI's folder.
             super(SD1CheckpointClipModel, self).__init__(
                 device=device,
                 dtype=dtype,
@@ -153,8 +162,8 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
 
     target = supported_models_base.ClipTarget(Tokenizer, DemoClip)
     weights = {
-        f"text_model.{n.removeprefix('text_model.')}": x
-        for n, x in weights_of(folder / "text_encoder").items()
+        f"text_model.{name.removeprefix('text_model.')}": weight
+        for name, weight in weights_of(folder / "text_encoder").items()
     }
     weights["text_projection.weight"] = torch.eye(config["hidden_size"])
     clip = comfy.sd.CLIP(
@@ -166,20 +175,23 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         weights, strict=False
     )
     if missing or unexpected:
-        raise UserError(f"The demo model's text encoder is incomplete ({missing or unexpected}).")
+        raise UserError(
+            "The demo model's text encoder does not have the expected weights "
+            f"({missing or unexpected}). Install the pack again."
+        )
     return clip
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
-    """The autoencoder as a VAE."""
+    """Load the autoencoder as a VAE."""
     config = read_json(folder / "config.json")
     widths = config["block_out_channels"]
     levels = len(widths)
-    # ComfyUI's conversion counts up-blocks from a depth of four.
+    # ComfyUI's conversion numbers the up blocks as if there were four.
     shift = 4 - levels
     weights = {
-        BLOCK.sub(lambda m: f"{m[1]}.{int(m[2]) + shift}", name): x
-        for name, x in weights_of(folder).items()
+        BLOCK.sub(lambda found: f"{found[1]}.{int(found[2]) + shift}", name): weight
+        for name, weight in weights_of(folder).items()
     }
     description = {
         "double_z": True,

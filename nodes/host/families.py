@@ -1,4 +1,4 @@
-"""Which of ComfyUI's models can be learned on, and clear refusals of the others."""
+"""Which of ComfyUI's models can be learned on, and clear refusals of all others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ IMAGE_SIDE = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 
 @dataclass(frozen=True)
 class GraphModels:
-    """The MODEL, CLIP and VAE of a graph, identified once and then passed on.
+    """The MODEL, CLIP and VAE of a graph, identified once and then passed around.
 
     Attributes:
-        model, clip, vae: as the graph gives them, with all patches.
+        model, clip, vae: the models as the graph provides them, with all patches.
         family: "sd1", "sd2", "sdxl", or "sd-<text width>" for a small model of the first kind.
-        encoders: text encoder, as embedding files call it -> width of its token vectors.
-        image_side: side in pixels of the pictures that the MODEL was made for.
-        factor: pixels of a picture for each of its latent's, along a side.
-        channels: of a latent.
+        encoders: name of each text encoder, as in embedding files -> width of its token vectors.
+        image_side: side, in pixels, of the pictures that the MODEL was made for.
+        factor: how many times longer a picture's side is than its latent's.
+        channels: number of channels of a latent.
     """
 
     model: Any
@@ -43,10 +43,10 @@ class GraphModels:
 
 
 def text_encoders(clip: Any) -> dict[str, SDClipModel]:
-    """Name -> text encoder, in the order in which their outputs are joined.
+    """Map names to the text encoders, in the order in which their outputs are joined.
 
     Raises:
-        UserError: the CLIP is of a family that is not supported.
+        UserError: the CLIP's family is not supported.
     """
     parts = {
         name: part
@@ -57,17 +57,17 @@ def text_encoders(clip: Any) -> dict[str, SDClipModel]:
     tokenized = all(isinstance(getattr(clip.tokenizer, n, None), SDTokenizer) for n in known)
     if known not in NAMES or len(parts) != len(known) or not tokenized:
         raise UserError(
-            f"This CLIP has the text encoders {', '.join(parts) or 'of another kind'}. "
-            f"Expected those of {SUPPORTED}: load MODEL and CLIP from such a checkpoint."
+            f"This CLIP is not supported. Expected the text encoders of {SUPPORTED}, got "
+            f"{', '.join(parts) or 'a different kind'}. Load MODEL and CLIP from a supported checkpoint."
         )
     return {name: parts[name] for name in known}
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:
-    """Text encoder name -> width of its token vectors.
+    """Map the text encoders' names to the widths of their token vectors.
 
     Raises:
-        UserError: the CLIP is of a family that is not supported.
+        UserError: the CLIP's family is not supported.
     """
     return {
         name: encoder.transformer.get_input_embeddings().weight.shape[1]
@@ -76,26 +76,27 @@ def encoder_widths(clip: Any) -> dict[str, int]:
 
 
 def require_unet(model: Any) -> None:
-    """Refuse a MODEL that is no UNet of the supported families.
+    """Refuse a MODEL that is not a UNet of a supported family.
 
     Raises:
-        UserError: it is another architecture, or an inpainting or refiner variant.
+        UserError: it has a different architecture, or is an inpainting or refiner variant.
     """
     base = model.model
     if type(base) not in (BaseModel, SDXL) or not isinstance(base.diffusion_model, UNetModel):
         raise UserError(
-            f"This MODEL is a {type(base).__name__}, which cannot be learned on. "
-            f"Supported are {SUPPORTED}."
+            f"This MODEL is not supported. Expected {SUPPORTED}, got {type(base).__name__}. "
+            "Load a supported checkpoint."
         )
     if base.diffusion_model.in_channels != 4 or base.concat_keys:
         raise UserError(
             "This MODEL is an inpainting or image-editing variant "
-            f"({base.diffusion_model.in_channels} input channels). Load the plain checkpoint of it."
+            f"({base.diffusion_model.in_channels} input channels). Expected a plain text-to-image model. "
+            "Load the plain checkpoint instead."
         )
 
 
 def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
-    """What kind of models these are.
+    """Identify a graph's models and check that they belong together.
 
     Raises:
         UserError: one is not supported, or they do not belong together.
@@ -103,15 +104,15 @@ def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
     require_unet(model)
     widths = encoder_widths(clip)
     read = next(
-        m.to_k.weight.shape[1]
-        for n, m in model.model.diffusion_model.named_modules()
-        if n.endswith("attn2")
+        module.to_k.weight.shape[1]
+        for name, module in model.model.diffusion_model.named_modules()
+        if name.endswith("attn2")
     )
     given = sum(widths.values())
     if read != given:
         raise UserError(
-            f"MODEL and CLIP are of different families: the MODEL reads text vectors of width {read}, "
-            f"the CLIP gives {given}. Load both from one checkpoint."
+            f"MODEL and CLIP are from different families. Expected text vectors of width {read}, which the "
+            f"MODEL reads, got {given} from the CLIP. Load both from one checkpoint."
         )
     family, side = family_of(model, widths)
     factor = int(vae.spacial_compression_encode())
@@ -120,7 +121,7 @@ def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
 
 
 def family_of(model: Any, widths: Mapping[str, int]) -> tuple[str, int]:
-    """Name of the family, and the side of the pictures that the MODEL was made for."""
+    """Return the family's name and the side, in pixels, of the pictures that the MODEL was made for."""
     name, width = NAMES[tuple(widths)], sum(widths.values())
     if name == "sd1" and width != TEXT_WIDTH[name]:
         return f"sd-{width}", 64
@@ -129,48 +130,51 @@ def family_of(model: Any, widths: Mapping[str, int]) -> tuple[str, int]:
 
 
 def prediction(model: Any) -> Prediction:
-    """What the MODEL predicts, with the sampling that the graph has set on it.
+    """Return what the MODEL predicts under the sampling that the graph has set on it.
 
     Raises:
-        UserError: neither noise nor v on the usual discrete schedule.
+        UserError: it predicts neither noise nor v on the usual discrete schedule.
     """
     sampling = model.get_model_object("model_sampling")
-    ways: dict[Any, Prediction] = {
+    known: dict[Any, Prediction] = {
         EPS.calculate_denoised: "epsilon",
         V_PREDICTION.calculate_denoised: "v_prediction",
     }
-    way = ways.get(type(sampling).calculate_denoised)
-    if way is None or not isinstance(sampling, ModelSamplingDiscrete):
+    predicted = known.get(type(sampling).calculate_denoised)
+    if predicted is None or not isinstance(sampling, ModelSamplingDiscrete):
         raise UserError(
-            "This MODEL's sampling is neither eps nor v-prediction on the usual discrete schedule "
-            "(EDM, LCM and flow models are not supported). Remove the ModelSampling node before it, "
-            "or load another checkpoint."
+            "This MODEL's sampling is not supported. Expected eps or v-prediction on the usual discrete "
+            "schedule, not EDM, LCM or flow. Remove the ModelSampling node before this one, or load another "
+            "checkpoint."
         )
-    return way
+    return predicted
 
 
 def noise_schedule(model: Any) -> VariancePreserving:
-    """The MODEL's forward process: alpha_bar = 1 / (1 + sigma^2)."""
+    """Return the MODEL's forward process, with alpha_bar = 1 / (1 + sigma^2)."""
     sigmas = model.get_model_object("model_sampling").sigmas
     alphas = 1 / (1 + sigmas.detach().clone().double() ** 2)
     return VariancePreserving(alphas.float(), prediction(model))
 
 
 def require_plain_weights(module: torch.nn.Module, what: str) -> None:
-    """Refuse weights that have no gradient: quantised ones and those of other packs' own formats.
+    """Refuse weights that have no gradient: quantised ones and other packs' own formats.
+
+    Plain fp32, fp16, bf16 and fp8 weights pass.
 
     Raises:
-        UserError: names the format; plain fp32, fp16, bf16 and fp8 weights pass.
+        UserError: there are such weights; the message names their format.
     """
-    for name, p in module.named_parameters():
-        if type(p.data) is not torch.Tensor or not p.is_floating_point():
+    for name, weight in module.named_parameters():
+        if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
             raise UserError(
-                f"The {what} has {type(p.data).__name__} weights of type {p.dtype} (GGUF, NF4 or another "
-                f"quantised format, at {name}). Learning needs fp32, fp16, bf16 or plain fp8 weights: "
-                "load the checkpoint unquantised."
+                f"The {what} has quantised weights (GGUF, NF4 or another format). Expected fp32, fp16, bf16 or "
+                f"plain fp8, got {type(weight.data).__name__} of type {weight.dtype} at {name}. Load the "
+                "checkpoint unquantised."
             )
     scaled = ("scale_weight", "weight_scale")
-    if any(getattr(m, name, None) is not None for m in module.modules() for name in scaled):
+    if any(getattr(part, name, None) is not None for part in module.modules() for name in scaled):
         raise UserError(
-            f"The {what} has scaled fp8 weights. Learning needs fp32, fp16, bf16 or plain fp8 weights."
+            f"The {what} has scaled fp8 weights. Expected fp32, fp16, bf16 or plain fp8. Load the checkpoint "
+            "in one of these formats."
         )

@@ -1,4 +1,4 @@
-"""A digest of a graph's models and of all that acts on them: what a run's key says of the model."""
+"""A digest of a graph's models and of all that acts on them; it identifies the model in a run's key."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,25 +15,25 @@ DEPTH = 12
 
 
 class Digest:
-    """Hashes whatever patches consist of: tensors by samples, functions by code and closure."""
+    """A hash over whatever patches consist of: tensors by samples, functions by code and closure."""
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
-        self.seen: dict[int, Any] = {}  # keeps what it saw alive, so that no id is used again
+        self.seen: dict[int, Any] = {}  # keeps visited objects alive, so that no id is reused
 
     def text(self, text: str) -> None:
         self.hash.update(text.encode() + b"\0")
 
-    def tensor(self, x: Tensor) -> None:
-        """Type, shape and up to 64 evenly spaced values."""
-        self.text(f"{x.dtype} {tuple(x.shape)}")
-        flat = x.detach().reshape(-1)
+    def tensor(self, tensor: Tensor) -> None:
+        """Add a tensor's type, its shape and evenly spaced samples of its values."""
+        self.text(f"{tensor.dtype} {tuple(tensor.shape)}")
+        flat = tensor.detach().reshape(-1)
         if flat.numel():
             chosen = flat[:: max(1, flat.numel() // SAMPLES)]
             self.hash.update(chosen.to(torch.float32).cpu().numpy().tobytes())
 
     def add(self, value: Any, depth: int = 0) -> None:
-        """Take in a value and all that it holds."""
+        """Add a value and everything it holds."""
         if value is None or isinstance(value, (str, int, float, complex, bytes, torch.dtype)):
             return self.text(repr(value))
         if isinstance(value, torch.Tensor):
@@ -47,9 +47,9 @@ class Digest:
 
 
 def parts_of(value: Any) -> list[Any]:
-    """What a container, function or object holds."""
+    """Return what a container, function or object holds."""
     if isinstance(value, Mapping):
-        return [x for k, v in value.items() for x in (repr(k), v)]
+        return [part for key, item in value.items() for part in (repr(key), item)]
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, (set, frozenset)):
@@ -62,11 +62,11 @@ def parts_of(value: Any) -> list[Any]:
     if isinstance(value, CodeType):
         return [value.co_code, *value.co_names]
     if isinstance(value, nn.Module):
-        return [x for n, p in value.state_dict().items() for x in (n, p)]
+        return [part for name, weight in value.state_dict().items() for part in (name, weight)]
     if isinstance(value, type):
         return [value.__module__]
     return (
-        [x for k, v in sorted(vars(value).items()) for x in (k, v)]
+        [part for name, item in sorted(vars(value).items()) for part in (name, item)]
         if hasattr(value, "__dict__")
         else []
     )
@@ -80,16 +80,18 @@ def is_empty(cell: Any) -> bool:
 
 
 def patcher_digest(patcher: Any) -> str:
-    """Digest of a model and of every patch on it; the same again after a restart."""
+    """Return a digest of a model and of every patch on it; it is the same after a restart."""
     digest = Digest()
-    for name, p in sorted(patcher.model.named_parameters()):
+    for name, weight in sorted(patcher.model.named_parameters()):
         digest.text(name)
         original = patcher.backup.get(name)
-        digest.tensor(p if original is None else original.weight)
+        digest.tensor(weight if original is None else original.weight)
     for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
         digest.text(str(key))
         digest.add([patch[:4] for patch in patches])
-    options = {k: v for k, v in patcher.model_options.items() if k != "multigpu_clones"}
+    options = {
+        name: value for name, value in patcher.model_options.items() if name != "multigpu_clones"
+    }
     digest.add(options)
     for part in (patcher.object_patches, patcher.wrappers, patcher.injections):
         digest.add(part)
@@ -97,7 +99,7 @@ def patcher_digest(patcher: Any) -> str:
 
 
 def models_digest(models: GraphModels) -> str:
-    """Digest of MODEL, CLIP and VAE with all that acts on them."""
+    """Return a digest of MODEL, CLIP and VAE with all that acts on them."""
     patchers = (models.model, models.clip.patcher, models.vae.patcher)
     parts = [*map(patcher_digest, patchers), str(models.clip.layer_idx)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Where each concept may act: masks on the cross-attention of its columns.
+"""Restrict where each concept may act, with masks on the cross-attention of its columns.
 
-The CLIP notes in every conditioning at which columns its concepts stand; the MODEL's patch reads the
+The CLIP notes in every conditioning at which columns its concepts stand. The MODEL's patch reads the
 note and shuts a concept's columns off for the pixels outside its mask. Attention patches that are
-there already run first, and keep what they add.
+already there run first, and what they add is kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,19 +30,23 @@ PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "ou
 
 @dataclass(frozen=True)
 class Columns:
-    """Concept -> positions of its vectors; the same for every sample of a conditioning."""
+    """The positions of the concepts' vectors, the same for every sample of a conditioning.
+
+    Attributes:
+        of: pairs of a concept and the positions of its vectors.
+    """
 
     of: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
-    """A CLIP that notes in each conditioning where the concepts stand."""
+    """Return a CLIP that notes in each conditioning where the concepts stand."""
 
     class NotingClip(type(clip)):  # type: ignore[misc]
         def clone(self, *args: Any, **kwargs: Any) -> Any:
-            n = super().clone(*args, **kwargs)
-            n.__class__ = type(self)
-            return n
+            twin = super().clone(*args, **kwargs)
+            twin.__class__ = type(self)
+            return twin
 
         def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
             encoded = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
@@ -58,18 +62,18 @@ def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
 
 
 def laid_out_model(model: Any, masks: Mapping[str, Float[Tensor, "H W"]]) -> Any:
-    """A MODEL in which each concept acts inside its mask only."""
-    n = model.clone()
-    n.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, NOTE, pass_note_on)
-    options = n.model_options["transformer_options"]
+    """Return a MODEL in which each concept acts only inside its mask."""
+    twin = model.clone()
+    twin.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, NOTE, pass_note_on)
+    options = twin.model_options["transformer_options"]
     replaced = dict(options.get("patches_replace", {}).get("attn2", {}))
-    for name in cross_attention_modules(n.model.diffusion_model):
+    for name in cross_attention_modules(twin.model.diffusion_model):
         part, _, rest = name.partition(".")
         number = 0 if part == "middle_block" else int(rest.partition(".")[0])
         replaced.setdefault((PARTS[part], number), None)
     wrapped = {block: attend_inside(masks, before) for block, before in replaced.items()}
     options["patches_replace"] = {**options.get("patches_replace", {}), "attn2": wrapped}
-    return n
+    return twin
 
 
 def pass_note_on(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +90,7 @@ def pass_note_on(executor: Any, *args: Any, **kwargs: Any) -> Any:
 def attend_inside(
     masks: Mapping[str, Float[Tensor, "H W"]], before: Callable[..., Tensor] | None
 ) -> Callable[..., Tensor]:
-    """An attention that shuts concepts off outside their masks, on top of the patch `before`."""
+    """Return an attention that shuts concepts off outside their masks, on top of the patch `before`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         heads, precision = options["n_heads"], options.get("attn_precision")
@@ -109,7 +113,7 @@ def attend_inside(
 def shut_off(
     note: Columns, masks: Mapping[str, Tensor], size: tuple[int, int], tokens: int
 ) -> Float[Tensor, "q t"]:
-    """What is added to the logits: a large negative number for a concept's columns outside its mask."""
+    """Return what is added to the logits: a large negative number outside a concept's mask."""
     bias = torch.zeros(size[0] * size[1], tokens)
     for name, positions in note.of:
         if name in masks:

@@ -1,4 +1,4 @@
-"""Concepts in ComfyUI's prompts: the tokenizer that knows them, and where they stand."""
+"""Concepts in ComfyUI's prompts: a tokenizer that knows them, and where they stand."""
 
 import copy
 import logging
@@ -18,10 +18,10 @@ Tokens = dict[str, list[list[tuple[Any, float]]]]
 
 
 class ConceptTokens:
-    """Makes a tokenizer of ComfyUI read `<name>` and `<name:words>` as the concept's vectors.
+    """A mixin that makes ComfyUI's tokenizers read `<name>` and `<name:words>` as a concept's vectors.
 
-    The mark becomes an `embedding:` of a name that no file can have, so weights, commas, several
-    vectors and long prompts are handled by ComfyUI's own code.
+    A mark becomes an `embedding:` with a name that no file can have, so that ComfyUI's own code
+    handles weights, commas, several vectors and long prompts.
     """
 
     concepts: Mapping[str, Tensor]
@@ -49,26 +49,27 @@ class ConceptTokens:
 
 
 def with_concepts(tokenizer: Any, vectors: ConceptVectors, encoders: tuple[str, ...]) -> Any:
-    """A copy of a CLIP's tokenizer that knows the concepts, and those it knew before."""
+    """Return a copy of a CLIP's tokenizer that knows the concepts besides those it knew before."""
     aware = copy.copy(tokenizer)
     for encoder in encoders:
         inner = copy.copy(getattr(tokenizer, encoder))
         known = getattr(inner, "concepts", {})
         if not isinstance(inner, ConceptTokens):
             inner.__class__ = type("ConceptTokenizer", (ConceptTokens, type(inner)), {})
-        inner.concepts = {**known, **{name: of[encoder] for name, of in vectors.items()}}
+        added = {name: by_encoder[encoder] for name, by_encoder in vectors.items()}
+        inner.concepts = {**known, **added}
         inner.embedding_directory = inner.embedding_directory or []
         setattr(aware, encoder, inner)
     return aware
 
 
 def tokenize(tokenizer: Any, text: str) -> Tokens:
-    """Tokens of each encoder, in chunks of the encoder's length."""
+    """Return the tokens of each encoder, in chunks of the encoder's length."""
     return tokenizer.tokenize_with_weights(text, False)
 
 
 def pad_chunks(tokens: Tokens, tokenizer: Any, chunks: int) -> Tokens:
-    """The tokens with empty chunks at the end, so that prompts of a batch have one length."""
+    """Append empty chunks to the tokens, so that all prompts of a batch have the same length."""
     padded = {}
     for key, rows in tokens.items():
         inner = getattr(tokenizer, f"clip_{key}")
@@ -81,10 +82,19 @@ def pad_chunks(tokens: Tokens, tokenizer: Any, chunks: int) -> Tokens:
 def find_columns(
     tokens: Tokens, tokenizer: Any, vectors: ConceptVectors
 ) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Concept -> positions of its vectors in the encoded sequence; position of the first end token."""
+    """Find where the concepts stand in a tokenised prompt.
+
+    Returns:
+        The positions of each concept's vectors in the encoded sequence, by name, and the position of
+        the first end token.
+    """
     key = next(iter(tokens))
     encoder = f"clip_{key}"
-    owner = {row.data_ptr(): name for name, of in vectors.items() for row in of[encoder].detach()}
+    owner = {
+        row.data_ptr(): name
+        for name, by_encoder in vectors.items()
+        for row in by_encoder[encoder].detach()
+    }
     flat = [token for chunk in tokens[key] for token, _ in chunk]
     columns: dict[str, tuple[int, ...]] = {}
     for position, token in enumerate(flat):
@@ -93,15 +103,17 @@ def find_columns(
             columns[name] = (*columns.get(name, ()), position)
     end_token = getattr(tokenizer, encoder).end_token
     end = next(
-        i for i, token in enumerate(flat) if not torch.is_tensor(token) and token == end_token
+        position
+        for position, token in enumerate(flat)
+        if not torch.is_tensor(token) and token == end_token
     )
     return columns, end
 
 
 def pieces(tokenizer: Any, encoder: str, words: str) -> list[int]:
-    """The pieces of an encoder's vocabulary that plain words consist of."""
+    """Return the ids of the pieces of an encoder's vocabulary that plain words consist of."""
     inner = getattr(tokenizer, encoder)
-    # The outer tokenizer refuses words that a model does not know.
+    # The outer tokenizer also refuses words that the model does not know.
     rows = tokenize(tokenizer, words)[encoder.removeprefix("clip_")]
     special = {inner.start_token, inner.end_token, inner.pad_token}
     flat = [token for row in rows for token, _ in row]
@@ -109,7 +121,7 @@ def pieces(tokenizer: Any, encoder: str, words: str) -> list[int]:
 
 
 def word_vectors(clip: Any, encoder: str, words: str, count: int) -> Tensor | None:
-    """`count` vectors of the words' pieces in float32 on the CPU; None where there are no words."""
+    """Return `count` vectors of the words' pieces in float32 on the CPU; None if there are no words."""
     ids = pieces(clip.tokenizer, encoder, words)
     if not ids:
         return None
@@ -117,31 +129,32 @@ def word_vectors(clip: Any, encoder: str, words: str, count: int) -> Tensor | No
 
 
 def token_table(clip: Any, encoder: str) -> Tensor:
-    """An encoder's token embedding [v, d] in float32 on the CPU."""
+    """Return an encoder's token embedding [v, d] in float32 on the CPU."""
     part = getattr(clip.cond_stage_model, encoder)
     return part.transformer.get_input_embeddings().weight.detach().float().cpu()
 
 
 def require_same_count(vectors: ConceptVectors) -> None:
-    """Refuse concepts that have another number of vectors for one encoder than for the other.
+    """Refuse concepts whose text encoders have different numbers of vectors.
 
     Raises:
-        UserError: such a concept; its columns would not line up.
+        UserError: there is such a concept; its columns would not line up.
     """
-    for name, of in vectors.items():
-        counts = {encoder: len(v) for encoder, v in of.items()}
+    for name, by_encoder in vectors.items():
+        counts = {encoder: len(v) for encoder, v in by_encoder.items()}
         if len(set(counts.values())) > 1:
             raise UserError(
-                f"Concept {name} has different numbers of vectors per text encoder ({counts}). Learn it again."
+                f"Concept {name} is inconsistent. Expected equally many vectors for each text encoder, "
+                f"got {counts}. Learn it again."
             )
 
 
 @contextmanager
 def keep_saved() -> Iterator[None]:
-    """Copy what autograd saves: ComfyUI's text encoder adds to its activations in place."""
+    """Make autograd save copies, because ComfyUI's text encoder adds to its activations in place."""
 
-    def pack(x: Tensor) -> Tensor:
-        return x if x.is_leaf else x.clone()
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_leaf else tensor.clone()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

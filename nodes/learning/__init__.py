@@ -1,1 +1,1 @@
-"""A run inside ComfyUI: memory, progress, interruption, and finding finished runs again."""
+"""Runs inside ComfyUI: memory, progress, interruption, and reuse of finished runs."""

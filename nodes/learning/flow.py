@@ -1,4 +1,4 @@
-"""A request to learn, from finding it finished to training it within the memory there is."""
+"""Fulfil a request to learn: reuse a finished run, or train within the available memory."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ KEY_VERSION = "2"
 
 @dataclass(frozen=True)
 class Request:
-    """What LearnConcepts was asked for."""
+    """What LearnConcepts was asked to do."""
 
     models: GraphModels
     examples: tuple[Example, ...]
@@ -38,21 +38,21 @@ class Request:
 
 
 def run_store() -> RunStore:
-    """The user's finished and stopped runs."""
+    """Return the store of the user's finished and interrupted runs."""
     return RunStore(Path(folder_paths.get_user_directory()) / "visual_concepts" / "runs")
 
 
 def fulfil(request: Request) -> ConceptSet:
-    """The concepts of a request: those of a finished run with the same inputs, or newly learned.
+    """Return the concepts of a finished run with the same inputs, or learn them.
 
     Raises:
-        UserError: bad input, or not enough memory.
+        UserError: the input is bad, or there is not enough memory.
         TrainingError: a loss is not finite.
     """
     store, plans = run_store(), choose(request.preset, request.joint, request.models.model)
     if request.em.batch > plans[0].batch:
         logging.warning(
-            "The preset %s takes at most %d samples a step, not %d.",
+            "The memory preset %s allows at most %d samples per step; the batch of %d is reduced to that.",
             plans[0].name, plans[0].batch, request.em.batch,
         )  # fmt: skip
     acting = f"{KEY_VERSION} {plans[0].name} {models_digest(request.models)}"
@@ -60,7 +60,10 @@ def fulfil(request: Request) -> ConceptSet:
     key = run_key(model, request.examples, request.em, request.joint)
     found = store.finished(key)
     if found is not None:
-        logging.info("Concepts %s were learned before; nothing is trained.", ", ".join(found.names))
+        logging.info(
+            "Concepts %s were learned before from the same inputs; nothing is trained.",
+            ", ".join(found.names),
+        )
         return found
     return train_within_memory(request, plans, key, store)
 
@@ -68,7 +71,11 @@ def fulfil(request: Request) -> ConceptSet:
 def train_within_memory(
     request: Request, plans: tuple[Plan, ...], key: str, store: RunStore
 ) -> ConceptSet:
-    """Train with the first plan, and where memory runs out go on with the next smaller one."""
+    """Train with the first plan and, if memory runs out, continue with the next smaller one.
+
+    Raises:
+        UserError: memory runs out with every plan.
+    """
     for plan in plans:
         try:
             return train(request, plan, key, store)
@@ -77,8 +84,8 @@ def train_within_memory(
         mm.unload_all_models()
         mm.soft_empty_cache()
     raise UserError(
-        f"Not enough memory to learn, even with the preset {plans[-1].name}. Use a smaller resolution or "
-        "batch, or learn tokens only (joint phase none). The model has been unloaded."
+        f"Not enough memory to learn, even with the preset {plans[-1].name}. The model has been unloaded. "
+        "Use a smaller resolution or batch, or learn tokens only (set joint to none)."
     )
 
 
@@ -86,7 +93,7 @@ def train(request: Request, plan: Plan, key: str, store: RunStore) -> ConceptSet
     """Learn on private copies of the weights."""
     models, joint = request.models, request.joint
     dtype = weight_type(plan, models.model)
-    # Only here are the text encoders' own weights learned, which half precision is too coarse for.
+    # Half precision is too coarse to learn the text encoders' own weights, which only this kind does.
     clip_dtype = torch.float32 if joint.kind == "full" else None
     em = replace(request.em, batch=min(request.em.batch, plan.batch))
     preflight(estimate(models, plan, em), plan, models.model)

@@ -1,4 +1,4 @@
-"""Memory presets: number type, checkpointing and batch for what the graphics card has."""
+"""Memory presets: number type, checkpointing and batch size by the memory of the graphics card."""
 
 import logging
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class Plan:
     """How a run spends memory.
 
     Attributes:
-        name: as the node calls it.
-        half: bfloat16 weights where the device has them, else float32.
-        checkpointing: recompute activations in the backward pass.
-        batch: most noise samples per step.
-        kinds: joint phases that fit.
+        name: the preset's name in the node.
+        half: whether weights are bfloat16, if the device supports it; otherwise they are float32.
+        checkpointing: whether activations are recomputed in the backward pass.
+        batch: the largest number of noise samples per step.
+        kinds: the joint phases that fit.
     """
 
     name: str
@@ -44,7 +44,7 @@ CHECKPOINTED = 1.5
 
 
 def choose(name: str, joint: JointSettings, model: Any) -> tuple[Plan, ...]:
-    """The plan to try, and the next smaller one to fall back on.
+    """Return the plan to try and the next smaller one to fall back on.
 
     Raises:
         UserError: the joint phase does not fit the preset.
@@ -53,15 +53,15 @@ def choose(name: str, joint: JointSettings, model: Any) -> tuple[Plan, ...]:
     if joint.kind not in PLANS[index].kinds:
         if name != "auto":
             raise UserError(
-                f"The joint phase {joint.kind!r} does not fit the preset {name}. "
-                f"Choose one of {', '.join(PLANS[index].kinds)}, or the preset 24 GB."
+                f"The joint phase {joint.kind!r} does not fit the memory preset {name}. Expected one of "
+                f"{', '.join(PLANS[index].kinds)}. Choose one of these, or the preset 24 GB."
             )
         index = 0
     return tuple(plan for plan in PLANS[index : index + 2] if joint.kind in plan.kinds)
 
 
 def fitting(model: Any) -> int:
-    """Index of the largest plan for the device's memory; a CPU gets the first."""
+    """Return the index of the largest plan that fits the device's memory; a CPU gets the first."""
     device = model.load_device
     if mm.is_device_cpu(device):
         return 0
@@ -70,19 +70,21 @@ def fitting(model: Any) -> int:
 
 
 def weight_type(plan: Plan, model: Any) -> torch.dtype:
-    """float32, or bfloat16 where the plan wants it and the device computes in it.
+    """Return bfloat16 if the plan asks for it and the device computes in it, otherwise float32.
 
-    Never float16: without loss scaling its gradients vanish.
+    float16 is never used, because its gradients vanish without loss scaling.
     """
     half = plan.half and not mm.is_device_cpu(model.load_device)
     return torch.bfloat16 if half and mm.should_use_bf16(model.load_device) else torch.float32
 
 
 def estimate(models: GraphModels, plan: Plan, em: EMSettings) -> float:
-    """About how many bytes a run takes on the device: weights, and activations with gradients."""
+    """Estimate how many bytes a run takes on the device, for weights and for activations with gradients."""
     size = weight_type(plan, models.model).itemsize
-    weights = size * sum(p.numel() for p in models.model.model.parameters())
-    weights += sum(p.numel() * p.element_size() for p in models.clip.patcher.model.parameters())
+    weights = size * sum(weight.numel() for weight in models.model.model.parameters())
+    weights += sum(
+        weight.numel() * weight.element_size() for weight in models.clip.patcher.model.parameters()
+    )
     side = (em.image_side or models.image_side) // models.factor
     latent = [min(em.batch, plan.batch), models.channels, side, side]
     forward = models.model.model.memory_required(latent)
@@ -90,11 +92,13 @@ def estimate(models: GraphModels, plan: Plan, em: EMSettings) -> float:
 
 
 def preflight(bytes_needed: float, plan: Plan, model: Any) -> None:
-    """Say what a run will take, and warn where the device has less."""
+    """Log how much memory a run will take, and warn if the device has less."""
     needed = bytes_needed / GIB
     logging.info("Learning concepts with preset %s: about %.1f GB needed.", plan.name, needed)
     if mm.is_device_cpu(model.load_device):
         return
     total = mm.get_total_memory(model.load_device) / GIB
     if needed > total:
-        logging.warning("This device has %.1f GB; a smaller preset may be needed.", total)
+        logging.warning(
+            "This device has only %.1f GB; a smaller memory preset may be needed.", total
+        )

@@ -1,4 +1,4 @@
-"""Progress and a live picture of the masks on the node."""
+"""Progress and a live preview of the masks on the node."""
 
 import time
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ SIDE = 320
 
 @dataclass
 class NodeProgress:
-    """A listener that moves the node's bar each step and shows the masks at most twice a second.
+    """A listener that advances the node's bar each step and shows the masks at most twice a second.
 
     Attributes:
-        picture: the first example's.
+        picture: the first example's picture.
         em, joint: the run's settings.
     """
 
@@ -38,13 +38,13 @@ class NodeProgress:
         self.bar = comfy.utils.ProgressBar(self.total)
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
-        """Show an event; raises ComfyUI's interrupt where the user asked for it."""
+        """Show an event, and raise ComfyUI's interrupt if the user asked to stop."""
         done = event.step + (self.em.steps if event.phase == "joint" else 0)
         self.bar.update_absolute(done, self.total, self.preview(state))
         mm.throw_exception_if_processing_interrupted()
 
     def preview(self, state: RunState) -> tuple | None:
-        """The first picture under its masks, unless one was shown just now."""
+        """Return the first picture under its masks, or None if one was shown just now."""
         now = time.monotonic()
         if now - self.shown < SECONDS:
             return None

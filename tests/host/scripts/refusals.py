@@ -86,7 +86,7 @@ with torch.inference_mode():
     refused("scaled fp8", lambda: copy_of(scaled_fp8()))
     apply_concepts = part("nodes.host.application").apply_concepts
     refused(
-        "were learned on a sdxl model",
+        "do not fit this CLIP",
         lambda: apply_concepts(sd1, sd1_clip, learned_on_sdxl(), 1.0),
     )
 sys.stdout.write("all are refused\n")
