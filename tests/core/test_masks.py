@@ -6,7 +6,7 @@ import torch
 
 from em_core.masks.guards import Guards
 from em_core.masks.measures import contrast, iou, union
-from em_core.masks.resizing import resize_masks
+from em_core.masks.resizing import cut, resize
 from em_core.masks.thresholds import binarise, compete, min_max, otsu, threshold_maps
 
 
@@ -87,11 +87,35 @@ def test_guards() -> None:
 
 def test_resizing_keeps_the_area() -> None:
     masks = (random_maps(2, 32, 48) > 0.5).float()
-    small = resize_masks(masks, (8, 12))
+    small = resize(masks, (8, 12), "mask")
     torch.testing.assert_close(small.mean(dim=(-2, -1)), masks.mean(dim=(-2, -1)))
     blocks = masks.reshape(2, 8, 4, 12, 4).mean(dim=(2, 4))
     torch.testing.assert_close(small, blocks)
-    assert torch.equal(resize_masks(masks, (8, 12), soft=False), (blocks > 0.5).float())
+    assert torch.equal(cut(small), blocks > 0.5)
+
+
+def test_growing_is_bilinear() -> None:
+    """A ramp stays a ramp between the centres of its pixels, and level beyond the outermost."""
+    ramp = torch.tensor([0.0, 0.5, 1.0]).expand(1, 3, 3)
+    centres = (torch.arange(12) + 0.5) / 4 - 0.5
+    expected = (centres / 2).clamp(0, 1).expand(1, 12, 12)
+    torch.testing.assert_close(resize(ramp, (12, 12), "map"), expected)
+
+
+def test_each_side_is_resized_by_its_own_rule() -> None:
+    """The height shrinks by area means while the width grows."""
+    masks = random_maps(2, 8, 4)
+    means = masks.reshape(2, 4, 2, 4).mean(dim=2)
+    torch.testing.assert_close(resize(masks, (4, 8), "mask"), resize(means, (4, 8), "mask"))
+
+
+def test_pictures_keep_their_range_and_mean() -> None:
+    """Hard edges overshoot in bicubic resizing; a picture of the right size is not touched."""
+    picture = (random_maps(3, 32, 48) > 0.5).float()
+    small = resize(picture, (20, 30), "picture")
+    assert float(small.min()) >= 0 and float(small.max()) <= 1
+    torch.testing.assert_close(small.mean(), picture.mean(), atol=0.02, rtol=0)
+    assert resize(picture, (32, 48), "picture") is picture
 
 
 def test_contrast_by_definition() -> None:

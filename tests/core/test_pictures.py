@@ -9,6 +9,7 @@ from PIL import Image
 
 from em_core.errors import UserError
 from em_core.examples import Example, fitted_size
+from em_core.masks.resizing import cut, resize
 from em_core.pictures import read_mask, read_picture, save_mask, to_image
 from em_core.prompts import Concept
 from em_core.show.drawing import outline, overlay, sheet
@@ -108,7 +109,7 @@ def test_dark_greys_stay_dark(tmp_path: Path, values: np.generic, white: int) ->
 def test_masks_are_written_at_the_pictures_size(tmp_path: Path) -> None:
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:6, 2:6] = True
-    save_mask(tmp_path / "m.png", mask, (32, 16))
+    save_mask(tmp_path / "m.png", cut(resize(mask.float(), (32, 16), "mask")))
     again = read_mask(tmp_path / "m.png")
     assert again.shape == (32, 16)
     assert set(np.asarray(Image.open(tmp_path / "m.png")).ravel().tolist()) == {0, 255}
