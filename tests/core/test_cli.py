@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from em_core.__main__ import main
@@ -47,9 +48,11 @@ def learn(scene: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_scene_is_a_function_of_its_seed(scene: Path, tmp_path: Path) -> None:
-    main(["scene", "--seed", "5", "--set", "B", "--out", str(tmp_path)])
+    for seed in ("5", "6"):
+        main(["scene", "--seed", seed, "--set", "B", "--out", str(tmp_path / seed)])
     for file in ("image.png", "mask_rex.png", "mask_doll.png", "prompt.txt"):
-        assert (tmp_path / file).read_bytes() == (scene / file).read_bytes()
+        assert (tmp_path / "5" / file).read_bytes() == (scene / file).read_bytes()
+    assert (tmp_path / "6" / "image.png").read_bytes() != (scene / "image.png").read_bytes()
 
 
 def test_learn_writes_all_it_promises(scene: Path, learned: Path) -> None:
@@ -149,7 +152,7 @@ def test_bad_images(tmp_path: Path, capsys, make, says: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "L"])
 def test_odd_images_are_handled(tmp_path: Path, mode: str) -> None:
-    """Alpha, 16 bit, grey, and not square: all at once."""
+    """Alpha, 16 bits, grey: each in a picture that is not square either."""
     image, out = spoil_image(tmp_path, save_mode(mode)), tmp_path / "out"
     args = ["--steps", "1", "--quiet", "--out", str(out)]
     assert main(["learn", "--image", str(image), "--prompt", PROMPT, *args]) == 0
@@ -180,6 +183,7 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
 def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says: str) -> None:
     assert main(learn(scene, tmp_path / "out", *more)) == 2
     assert says in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_cannot_be_written(scene: Path, tmp_path: Path, capsys) -> None:
@@ -193,8 +197,6 @@ def cut_short(file: Path) -> None:
 
 
 def with_nan(file: Path) -> None:
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     tensors = load_file(file)
@@ -207,8 +209,6 @@ def a_pickle(file: Path) -> None:
 
 
 def of_another_model(file: Path) -> None:
-    from em_core.runs.concept_set import ConceptSet
-
     loaded = ConceptSet.load(file)
     loaded.identity.sample.mul_(1.5)
     loaded.save(file)
@@ -285,13 +285,14 @@ def test_masks_of_concepts_act_with_their_weights(
     assert heats[0] != heats[1]
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "some"])
 @pytest.mark.parametrize(
     "option", [["generate", "--steps"], ["generate", "--count"], ["masks", "--passes"]]
 )
-def test_numbers_that_must_be_positive(capsys, option: list[str]) -> None:
+def test_numbers_that_must_be_positive(capsys, option: list[str], number: str) -> None:
     command, name = option
     with pytest.raises(SystemExit) as done:
-        main([command, name, "0"])
+        main([command, name, number])
     assert done.value.code == 2 and "expected a whole number over 0" in capsys.readouterr().err
 
 
