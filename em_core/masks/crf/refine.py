@@ -3,12 +3,12 @@
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ...errors import UserError
+from ..resizing import cut, resize
 from . import pydensecrf_backend
 from .mean_field import DenseCRF
 from .memory import require_memory
@@ -54,10 +54,11 @@ class MaskRefiner:
             UserError: there are no masks, they have NaN or values outside 0..1, or the backend is not
                 installed.
         """
-        resized = resize(check_masks(masks).to(self.image), *self.image.shape[-2:])
+        height, width = self.image.shape[-2:]
+        resized = resize(check_masks(masks).to(self.image), (height, width), "mask")
         solve = self.solve_joint if self.settings.joint else self.solve_alone
         with torch.no_grad(), torch.autocast(self.image.device.type, enabled=False):
-            return resize(solve(resized), *self.size).to(self.device)
+            return resize(solve(resized), self.size, "mask").to(self.device)
 
     def solve_joint(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
         """Solve one CRF with a label for each mask and a last one for the background."""
@@ -89,7 +90,7 @@ def labels(marginals: Float[Tensor, "k h w"], joint: bool = True) -> Bool[Tensor
     probability over one half.
     """
     if not joint:
-        return marginals > 0.5
+        return cut(marginals)
     background = 1 - marginals.sum(dim=0, keepdim=True)
     winner = torch.cat([background, marginals]).argmax(dim=0)
     return winner == torch.arange(1, len(marginals) + 1, device=winner.device)[:, None, None]
@@ -142,20 +143,10 @@ def require_unit_range(what: str, values: Tensor) -> None:
 
 
 def shrink(image: Float[Tensor, "3 h w"], longest: int | None) -> Float[Tensor, "3 h2 w2"]:
-    """The image with its longer side at most `longest`, colours rounded to whole numbers."""
+    """The image in 0..255 with its longer side at most `longest`, colours rounded to whole numbers."""
     height, width = image.shape[-2:]
     if longest is None or max(height, width) <= longest:
         return image
     factor = longest / max(height, width)
-    return resize(image, max(1, round(height * factor)), max(1, round(width * factor))).round()
-
-
-def resize(
-    maps: Float[Tensor, "c h w"], height: int, width: int
-) -> Float[Tensor, "c height width"]:
-    """Area means where it shrinks, bilinear where it grows."""
-    if maps.shape[-2:] == (height, width):
-        return maps
-    if maps.shape[-2] >= height and maps.shape[-1] >= width:
-        return F.interpolate(maps[None], (height, width), mode="area")[0]
-    return F.interpolate(maps[None], (height, width), mode="bilinear", antialias=True)[0]
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    return (resize(image / 255, size, "picture") * 255).round()
