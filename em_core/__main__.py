@@ -1,4 +1,4 @@
-"""Command line: `python -m em_core scene|learn|masks|generate|refine|demo`."""
+"""The command line: `python -m em_core demo|scene|learn|masks|generate|refine`."""
 
 import argparse
 import sys
@@ -11,9 +11,9 @@ COMMANDS = (demo, scene, learn, masks, generate, refine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors meant for the user become one line on stderr and exit status 2.
+    """Run a command and return its exit status.
 
-    Ctrl-C gives 130.
+    An error meant for the user becomes one line on stderr and exit status 2; Ctrl-C gives 130.
     """
     parser = argparse.ArgumentParser(
         prog="python -m em_core",

@@ -1,17 +1,17 @@
-"""Errors whose message is written for the person who uses the pack."""
+"""Errors whose messages are written for the person who uses the pack."""
 
 import torch
 
-# The name without "cuda" came with torch 2.5.
+# torch 2.5 introduced the name without "cuda".
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 class UserError(ValueError):
-    """An error whose message is meant for the user: what was expected, what came, what to do."""
+    """An error whose message tells the user what is wrong, what was expected, and what to do."""
 
 
 class TrainingError(RuntimeError):
-    """Training could not go on; the last good state is kept."""
+    """Training could not continue; the last good state is kept."""
 
 
 def require(what: str, value: object, fine: bool, expected: str) -> None:

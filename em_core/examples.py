@@ -1,4 +1,4 @@
-"""Training examples: a picture, its prompt, and masks where the user has some."""
+"""Training examples: a picture, its prompt, and masks if the user has any."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class Example:
 
     Attributes:
         picture: [3, H, W], RGB in 0..1.
-        prompt: with at least one concept.
+        prompt: the prompt, with at least one concept.
         masks: concept name -> mask of the picture's size, for mode "given".
-        truth: true masks, used for nothing but the IoU curves.
+        truth: concept name -> true mask, used for nothing but the IoU curves.
     """
 
     picture: Picture
@@ -34,10 +34,10 @@ class Example:
 
     @classmethod
     def read(cls, picture: Path | str, prompt: str) -> "Example":
-        """The example of a picture file (PNG, JPEG, WebP) and a prompt that marks its concepts.
+        """Read an example from a picture file (PNG, JPEG, WebP) and a prompt that marks its concepts.
 
         Raises:
-            UserError: the file is no picture, or no concept is marked as in `<rex:dog>`.
+            UserError: the file is not a picture, or no concept is marked as in `<rex:dog>`.
         """
         return cls(read_picture(Path(picture)), ConceptPrompt.parse(prompt))
 
@@ -46,28 +46,29 @@ class Example:
         height, width = self.picture.shape[-2:]
         if min(height, width) < 8:
             raise UserError(
-                f"Picture too small. Expected at least 8x8 pixels, got {width}x{height}."
+                f"The picture is too small. Expected at least 8x8 pixels, got {width}x{height}."
             )
         for what, masks in (("mask", self.masks), ("true mask", self.truth)):
             for name, mask in masks.items():
                 if tuple(mask.shape) != (height, width):
                     raise UserError(
                         f"Bad size of the {what} of {name}. Expected the picture's {width}x{height}, "
-                        f"got {mask.shape[-1]}x{mask.shape[-2]}."
+                        f"got {mask.shape[-1]}x{mask.shape[-2]}. Resize the mask to the picture."
                     )
 
 
 def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
-    """Size with about `side`^2 pixels and the picture's aspect, sides multiples of `multiple`."""
+    """Return a size of about `side`^2 pixels that keeps the aspect ratio.
+
+    Both sides, height and width, are multiples of `multiple`.
+    """
     scale = side / (height * width) ** 0.5
     fit = [max(multiple, round(length * scale / multiple) * multiple) for length in (height, width)]
     return fit[0], fit[1]
 
 
-def stack_masks(
-    masks: NamedMasks, names: Sequence[str], size: Size
-) -> Bool[Tensor, "k h w"]:
-    """The named masks in this order at `size`.
+def stack_masks(masks: NamedMasks, names: Sequence[str], size: Size) -> Bool[Tensor, "k h w"]:
+    """Stack the named masks in this order, resized to `size`.
 
     Raises:
         UserError: a mask is missing.

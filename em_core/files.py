@@ -1,4 +1,4 @@
-"""Files on disk: safetensors with a JSON description, written aside and then renamed."""
+"""Files on disk: safetensors with a JSON description, written to a temporary file and then renamed."""
 
 import json
 import os
@@ -18,10 +18,10 @@ DESCRIPTION = "visual_concepts"
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: `path` is whole or as it was.
+    """Let `write` fill a file next to `path`, then rename it, so that `path` is complete or unchanged.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full.
+        UserError: the folder cannot be written to, or the disk is full.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -30,7 +30,7 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"Could not write {path}: {error}. Choose a folder that can be written and has space left."
+            f"Could not write {path}: {error}. Choose a writable folder with enough free space."
         ) from error
     finally:
         if os.path.isfile(aside):
@@ -38,7 +38,7 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, in full or not at all."""
 
     def write(aside: Path) -> None:
         aside.write_text(text, encoding="utf-8")
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, whole or not at all; NaN is refused."""
+    """Write a JSON file, in full or not at all; NaN is refused."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -60,22 +60,23 @@ def write_tensors(
 ) -> None:
     """Write tensors and JSON values as one safetensors file of the given kind."""
     description = json.dumps({"kind": kind, **plain})
-    clean = {name: own_copy(x.detach()) for name, x in tensors.items()}
+    clean = {name: own_copy(tensor.detach()) for name, tensor in tensors.items()}
     header = {DESCRIPTION: description, **(metadata or {})}
     write_aside(path, lambda aside: save_file(clean, aside, metadata=header))
 
 
-def own_copy(x: Tensor) -> Tensor:
-    """The values in memory of their own, on the CPU."""
-    y = x.cpu().contiguous()
-    return y.clone() if y.data_ptr() == x.data_ptr() else y
+def own_copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU that shares no memory with `tensor`."""
+    moved = tensor.cpu().contiguous()
+    return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON values of a file that :func:`write_tensors` wrote.
+    """Read the tensors and JSON values of a file that :func:`write_tensors` wrote.
 
     Raises:
-        UserError: no such file, not safetensors, truncated, of another kind, or not finite.
+        UserError: the file does not exist, is not safetensors, is truncated, is of a different kind,
+            or has values that are not finite.
     """
     if not os.path.isfile(path):
         raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
@@ -85,22 +86,28 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is no whole safetensors file ({error}). It may be cut short, or be another format "
-            "under this name; pickled files are never opened. Save it again."
+            f"{path} is not a complete safetensors file ({error}). It may be truncated, or in a different "
+            "format under this name; pickled files are never opened. Save it again."
         ) from error
     plain = described(path, header, kind)
     broken = sorted(
-        n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     )
     if broken:
         raise UserError(
-            f"{path} has values that are not finite in {broken[0]}. It is damaged; save it again."
+            f"{path} is damaged: it has values that are not finite in {broken[0]}. Save it again."
         )
     return tensors, plain
 
 
 def described(path: Path, header: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """The JSON values in a file's header, checked for the kind."""
+    """Return the JSON values in a file's header.
+
+    Raises:
+        UserError: the file is of a different kind.
+    """
     try:
         plain = json.loads(header.get(DESCRIPTION, "{}"))
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Pictures on disk: read with every quirk handled or refused, and written."""
+"""Pictures on disk: reading, with every quirk handled or refused, and writing."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,10 @@ MAX_PIXELS = 64_000_000
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded image, turned as its EXIF says.
+    """Open and decode an image, rotated as its EXIF data says.
 
     Raises:
-        UserError: no such file, not an image, damaged, or larger than 64 megapixels.
+        UserError: the file does not exist, is not an image, is damaged, or is larger than 64 megapixels.
     """
     if not os.path.isfile(path):
         raise UserError(f"No file {path}. Expected a picture (PNG, JPEG, WebP).")
@@ -29,7 +29,8 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
-                    f"{path} has {image.width}x{image.height} pixels. Expected at most 64 million."
+                    f"{path} has {image.width}x{image.height} pixels. Expected at most 64 million. "
+                    "Make it smaller."
                 )
             return ImageOps.exif_transpose(image)
     except (
@@ -42,12 +43,14 @@ def open_image(path: Path) -> Image.Image:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} is no picture that can be read ({error}). Save it again as PNG or JPEG."
+            f"{path} is not a readable picture ({error}). Save it again as PNG or JPEG."
         ) from error
 
 
 def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
-    """RGB in 0..1. Alpha is laid over white; greys of 16 bits and of floats keep their range.
+    """Read a picture as RGB in 0..1.
+
+    Alpha is composited over white; 16-bit and floating-point greys keep their full range.
 
     Raises:
         UserError: see :func:`open_image`.
@@ -65,7 +68,9 @@ def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
 
 
 def read_mask(path: Path) -> Bool[Tensor, "H W"]:
-    """First channel over half of its range: 1 where no value is larger, else 8 or 16 bits.
+    """Read a mask: where the first channel is over half of its range.
+
+    The range is up to 1 if no value is larger, otherwise that of 8 or 16 bits.
 
     Raises:
         UserError: see :func:`open_image`.
@@ -79,28 +84,28 @@ def read_mask(path: Path) -> Bool[Tensor, "H W"]:
 
 
 def full_range(values: Shaped[np.ndarray, "h w"]) -> int:
-    """What stands for white, by the largest value: 1, or the most of 8 or 16 bits."""
-    most = values.max()
-    return 1 if most <= 1 else 255 if most <= 255 else 65535
+    """Return the value of white, judged by the largest value: 1, or the maximum of 8 or 16 bits."""
+    largest = values.max()
+    return 1 if largest <= 1 else 255 if largest <= 255 else 65535
 
 
 def from_image(image: Image.Image) -> Float[Tensor, "3 H W"]:
-    """Tensor of a Pillow image."""
+    """Convert a Pillow image to RGB in 0..1."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return rearrange(torch.from_numpy(pixels.copy()), "h w c -> c h w")
 
 
 def to_image(picture: Shaped[Tensor, "c H W"]) -> Image.Image:
-    """Pillow image of an RGB or grey tensor in 0..1."""
+    """Convert an RGB or grey tensor in 0..1 to a Pillow image."""
     pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(pixels[0] if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c"))
 
 
 def save_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, in full or not at all."""
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
 def save_mask(path: Path, mask: Bool[Tensor, "H W"]) -> None:
-    """Write a mask as a black and white PNG, whole or not at all."""
+    """Write a mask as a black and white PNG, in full or not at all."""
     save_image(path, to_image(mask[None].float()))

@@ -1,4 +1,4 @@
-"""Settings that suit a model family."""
+"""Default settings for each family of models."""
 
 from dataclasses import replace
 
@@ -10,7 +10,10 @@ DEMO_FAMILY = "sd-64"
 
 
 def em_settings(family: str) -> EMSettings:
-    """Defaults of the EM loop for a family; the demo model's tokens are small and need larger steps."""
+    """Return the EM loop's defaults for a family.
+
+    The demo model's token vectors are small and need larger steps.
+    """
     if family != DEMO_FAMILY:
         return EMSettings()
     return EMSettings(
@@ -23,7 +26,7 @@ def em_settings(family: str) -> EMSettings:
 
 
 def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
-    """Defaults of a kind of joint phase for a family."""
+    """Return the defaults of a kind of joint phase for a family."""
     if family != DEMO_FAMILY:
         return JointSettings(kind)
     rate = 1e-3 if kind == "lora" else 1e-4
@@ -31,9 +34,10 @@ def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
 
 
 def literal(settings: EMSettings) -> EMSettings:
-    """VCD to the letter: all timesteps and layers, masks again after every step, from one new timestep.
+    """Return settings that follow VCD to the letter.
 
-    The threshold, which VCD leaves open, is 0.4 as in DAAM.
+    Masks are read from all timesteps and layers, and again after every step from one new timestep.
+    The threshold, which VCD leaves open, is 0.4, as in DAAM.
     """
     masks = replace(
         settings.masks,

@@ -19,7 +19,7 @@ EXAMPLE = "a photo of <rex:dog> and <doll:old doll> on <shore:beach>"
 
 @dataclass(frozen=True)
 class Concept:
-    """A visual concept: a name, and the words its token vectors start from ("" = random start)."""
+    """A visual concept: a name, and the words that its token vectors start from ("" for a random start)."""
 
     name: str
     words: str = ""
@@ -37,7 +37,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class ConceptPrompt:
-    """A prompt as a sequence of plain text and concepts. A concept stands in it at most once."""
+    """A prompt as a sequence of plain text and concepts, each of which appears at most once."""
 
     parts: tuple[str | Concept, ...]
 
@@ -46,7 +46,7 @@ class ConceptPrompt:
         """Read `<name:initial words>` and `<name>` marks; any other text stays as it is.
 
         Raises:
-            UserError: a mark is malformed, or a name stands twice.
+            UserError: a mark is malformed, or a name appears twice.
         """
         parts: list[str | Concept] = []
         end = 0
@@ -54,62 +54,68 @@ class ConceptPrompt:
             parts += [text[end : mark.start()], read_mark(mark[1])]
             end = mark.end()
         parts.append(text[end:])
-        if any(isinstance(p, str) and ("<" in p or ">" in p) for p in parts):
+        if any(isinstance(part, str) and ("<" in part or ">" in part) for part in parts):
             raise UserError(
                 f"Unbalanced '<' or '>' in the prompt {text!r}. Write concepts as in: {EXAMPLE}"
             )
-        prompt = cls(tuple(p for p in parts if p != ""))
+        prompt = cls(tuple(part for part in parts if part != ""))
         twice = {name for name in prompt.names if prompt.names.count(name) > 1}
         if twice:
             raise UserError(
-                f"Concept {', '.join(sorted(twice))} stands more than once in {text!r}. "
+                f"Concept {', '.join(sorted(twice))} appears more than once in {text!r}. "
                 "Write each concept once per prompt."
             )
         return prompt
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        return tuple(p for p in self.parts if isinstance(p, Concept))
+        return tuple(part for part in self.parts if isinstance(part, Concept))
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(c.name for c in self.concepts)
+        return tuple(concept.name for concept in self.concepts)
 
     def require_concepts(self) -> "ConceptPrompt":
-        """Itself, or a UserError where there is no concept to learn."""
+        """Return the prompt itself if it marks any concept.
+
+        Raises:
+            UserError: it marks none.
+        """
         if not self.concepts:
             raise UserError(
-                f"No concept in the prompt {str(self)!r}. Mark what is to be learned, as in: {EXAMPLE}"
+                f"No concept in the prompt {str(self)!r}. Mark what to learn or find, as in: {EXAMPLE}"
             )
         return self
 
     def plain(self) -> str:
-        """The prompt with each concept written as its initial words."""
-        return "".join(p if isinstance(p, str) else p.words for p in self.parts)
+        """Return the prompt with each concept replaced by its initial words."""
+        return "".join(part if isinstance(part, str) else part.words for part in self.parts)
 
     def subset(self, names: Sequence[str]) -> "ConceptPrompt":
-        """`a photo of <a> and <b>` with the named concepts in this order (Break-a-Scene's union sampling)."""
-        by_name = {c.name: c for c in self.concepts}
+        """Return `a photo of <a> and <b>` with the named concepts (Break-a-Scene's union sampling)."""
+        by_name = {concept.name: concept for concept in self.concepts}
         parts: list[str | Concept] = []
         for i, name in enumerate(names):
             parts += ["a photo of " if i == 0 else " and ", by_name[name]]
         return ConceptPrompt(tuple(parts))
 
     def __str__(self) -> str:
-        return "".join(str(p) for p in self.parts)
+        return "".join(str(part) for part in self.parts)
 
 
 def read_mark(inside: str) -> Concept:
-    """The concept that a mark's inside `name:initial words` stands for."""
+    """Return the concept that `name:initial words`, the inside of a mark, stands for."""
     name, _, words = inside.partition(":")
     return Concept(name.strip(), " ".join(words.split()))
 
 
 def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
-    """Every concept once, in order of first appearance; initial words may stand in any of the prompts.
+    """Return every concept once, in order of first appearance.
+
+    Its initial words may be given in any of the prompts.
 
     Raises:
-        UserError: two prompts give one concept different initial words.
+        UserError: two prompts give the same concept different initial words.
     """
     merged: dict[str, Concept] = {}
     for concept in (c for prompt in prompts for c in prompt.concepts):
@@ -117,7 +123,7 @@ def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
         if known.words and concept.words and known.words != concept.words:
             raise UserError(
                 f"Concept {concept.name} starts from {known.words!r} in one prompt and from "
-                f"{concept.words!r} in another. Give it the same initial words, or name them once."
+                f"{concept.words!r} in another. Give it the same initial words everywhere, or give them only once."
             )
         if concept.words:
             merged[concept.name] = concept
@@ -128,7 +134,7 @@ def require_known(text: str, known: Iterable[str]) -> None:
     """Refuse words that a model was never shown.
 
     Raises:
-        UserError: there are some; it lists those that the model knows.
+        UserError: `text` has such words; the message lists those that the model knows.
     """
     words = set(known)
     unknown = [word for word in WORD.findall(text.lower()) if word not in words]

@@ -1,4 +1,8 @@
-"""Settings of a run: one frozen dataclass per part. The papers' values are named where ours differ."""
+"""Settings of a run: one frozen dataclass per part.
+
+Where our defaults differ from the papers', the papers' values are given. VCD is Rahman et al. 2024,
+arXiv 2402.11487; Break-a-Scene is Avrahami et al. 2023; ViCo is Hao et al. 2023, arXiv 2306.00971.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,30 +21,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EMSettings:
-    """The EM loop (VCD section 3; Break-a-Scene's phase 1 where VCD is silent).
+    """Settings of the EM loop (VCD section 3; Break-a-Scene's phase 1 where VCD is silent).
 
     Attributes:
-        mode: "em"; "fixed": masks estimated once (VCD's baseline); "given": the user's masks
-            (Break-a-Scene); "none": no masks (textual inversion).
-        steps: M-steps (VCD: "usually 400").
-        seed: of all randomness of the run.
-        learning_rate: AdamW on the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
-        batch: noise samples per step, of one picture (Break-a-Scene: 1).
+        mode: where masks come from: "em" estimates them while learning; "fixed" estimates them once
+            (VCD's baseline); "given" takes the user's (Break-a-Scene); "none" uses none (textual
+            inversion).
+        steps: number of M-steps (VCD: "usually 400").
+        seed: seed of all random draws in the run.
+        learning_rate: AdamW's learning rate for the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
+        batch: noise samples per step, all of one picture (Break-a-Scene: 1).
         vectors: token vectors per concept.
-        random_starts: of concepts without words, the draws of which the best is taken (VCD: 1): the one
-            whose weakest mask has the largest contrast.
-        masked_loss: weight the diffusion loss by the masks (Eq. 3); False is Eq. 1.
-        normalisation: of the masked loss; "mean" is Break-a-Scene's.
+        random_starts: random draws for concepts without words (VCD: 1); the draw whose weakest mask has
+            the largest contrast is taken.
+        masked_loss: whether the masks weight the diffusion loss (Eq. 3); False is Eq. 1.
+        normalisation: how the masked loss is normalised; "mean" is Break-a-Scene's way.
         attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
-        end_of_text_weight: of ViCo's regulariser (ViCo: 5e-4; 0 is off).
-        gradient_clip: total norm (Break-a-Scene: 1.0).
-        union_sampling: draw a random subset of the picture's concepts per sample (Break-a-Scene);
-            without masks on the loss every sample has them all, as its target does.
-        flip: mirror picture and masks at random (Break-a-Scene does; wrong for asymmetric subjects).
+        end_of_text_weight: weight of ViCo's regulariser (ViCo: 5e-4; 0 is off).
+        gradient_clip: largest total norm of the gradient (Break-a-Scene: 1.0).
+        union_sampling: whether each sample has a random subset of the picture's concepts
+            (Break-a-Scene). Without masks on the loss, every sample has all of them, as its target does.
+        flip: whether to mirror picture and masks at random (Break-a-Scene does; wrong for asymmetric
+            subjects).
         e_step_every: M-steps between E-steps (VCD: 1).
-        refresh: further UNet passes per E-step; its other statistics come from the M-steps' own passes.
-        free_statistics: count the maps of the M-steps' own passes too; False reads the refresh's alone.
-        image_side: side of the square whose area pictures are resized to; None: the model's own.
+        refresh: extra UNet passes per E-step; its other statistics come from the M-steps' own passes.
+        free_statistics: whether E-steps also count the maps of the M-steps' own passes; False reads only
+            those of the refresh.
+        image_side: pictures are resized to the area of a square with this side, in pixels; None takes the
+            model's own side.
+        masks: how attention maps become masks.
     """
 
     mode: Mode = "em"
@@ -80,7 +89,7 @@ class EMSettings:
 
     @property
     def masks_loss(self) -> bool:
-        """Whether the diffusion loss is Eq. 3; else it is Eq. 1."""
+        """Whether the diffusion loss is Eq. 3; otherwise it is Eq. 1."""
         return self.masked_loss and self.mode != "none"
 
     @property
@@ -90,24 +99,27 @@ class EMSettings:
 
     @property
     def draws_subsets(self) -> bool:
-        """Whether samples differ in the concepts that their prompts name."""
+        """Whether the prompts of a batch's samples may name different concepts."""
         return self.union_sampling and self.masks_loss
 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """Tokens and weights together, masks frozen (VCD, "Finally"; Break-a-Scene's phase 2).
+    """Settings of the joint phase: tokens and weights are learned together, with the masks frozen.
+
+    Source: VCD, "Finally"; Break-a-Scene's phase 2.
 
     Attributes:
         kind: "lora", "cross_attention" (keys and values), "full", or "none" to skip the phase.
-        steps: of this phase (Break-a-Scene: 400).
-        learning_rate: of the weights; None: what suits the kind, which is 1e-4 for a LoRA
-            (Mix-of-Show) and 2e-6 for whole weights (Break-a-Scene).
-        token_learning_rate: of the token vectors; None keeps them as the EM loop left them.
-        rank, alpha: of the LoRA; its output is scaled by alpha / rank (Mix-of-Show: 4, 1).
-        prior_weight: of the prior preservation loss; 0 is off (Break-a-Scene: 1).
-        prior_prompt: what the prior pictures show; they are drawn by the model itself.
-        prior_pictures: how many (Break-a-Scene: 100).
+        steps: number of steps of this phase (Break-a-Scene: 400).
+        learning_rate: learning rate of the weights; None takes what suits the kind, which is 1e-4 for a
+            LoRA (Mix-of-Show) and 2e-6 for whole weights (Break-a-Scene).
+        token_learning_rate: learning rate of the token vectors; None keeps them as the EM loop left them.
+        rank, alpha: rank of the LoRA, and its alpha: the output is scaled by alpha / rank (Mix-of-Show:
+            4, 1).
+        prior_weight: weight of the prior preservation loss; 0 is off (Break-a-Scene: 1).
+        prior_prompt: prompt of the prior pictures, which the model draws itself.
+        prior_pictures: number of prior pictures (Break-a-Scene: 100).
     """
 
     kind: WeightKind = "none"
@@ -138,33 +150,36 @@ class JointSettings:
 
     @property
     def weights_rate(self) -> float:
-        """The weights' learning rate."""
+        """The learning rate of the weights: the given one, or what suits the kind."""
         return self.learning_rate or (1e-4 if self.kind == "lora" else 2e-6)
 
 
-RATE = "a number over 0 and at most 1"
+RATE = "a number greater than 0 and at most 1"
 
 
 def is_rate(value: float) -> bool:
-    """Whether it can be a learning rate."""
+    """Return whether `value` can be a learning rate."""
     return 0 < value <= 1
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values."""
+    """Convert a settings dataclass to plain JSON values."""
     return asdict(settings)
 
 
 def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Inverse of :func:`to_json`; unknown keys are refused by the dataclass, absent ones keep defaults."""
+    """Build a settings dataclass from what :func:`to_json` returned.
+
+    Unknown keys are ignored; absent ones keep their defaults.
+    """
     nested: dict[str, type] = {"masks": MaskSettings, "crf": CRFSettings, "guards": Guards}
     read: dict[str, Any] = {}
-    for f in fields(kind):  # type: ignore[arg-type]
-        if f.name not in values:
+    for setting in fields(kind):  # type: ignore[arg-type]
+        if setting.name not in values:
             continue
-        value = values[f.name]
-        part = nested.get(f.name)
+        value = values[setting.name]
+        part = nested.get(setting.name)
         if part is not None and isinstance(value, Mapping):
             value = from_json(part, value)
-        read[f.name] = tuple(value) if isinstance(value, list) else value
+        read[setting.name] = tuple(value) if isinstance(value, list) else value
     return kind(**read)

@@ -1,4 +1,4 @@
-"""What the commands share: models, pictures, progress."""
+"""What the commands share: loading models, reading pictures, showing progress."""
 
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
@@ -19,35 +19,35 @@ from ..prompts import ConceptPrompt
 
 
 def positive(text: str) -> int:
-    """A whole number over 0: what argparse calls a type."""
+    """Parse a whole number greater than 0; an argparse type."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise ArgumentTypeError(f"expected a whole number over 0, got {text!r}")
+        raise ArgumentTypeError(f"expected a whole number greater than 0, got {text!r}")
     return value
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """`--model` and `--device`."""
+    """Add `--model` and `--device`."""
     parser.add_argument(
         "--model",
         default="demo",
-        help="demo, a diffusers pipeline folder, or a .safetensors checkpoint (%(default)s)",
+        help="demo, a diffusers pipeline folder, or a .safetensors checkpoint (default: %(default)s)",
     )
     add_device(parser)
 
 
 def add_device(parser: ArgumentParser) -> None:
-    """`--device`."""
+    """Add `--device`."""
     parser.add_argument(
-        "--device", default="cpu", help="torch device, such as cpu or cuda (%(default)s)"
+        "--device", default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)"
     )
 
 
 def load_host(model: str, device: str = "cpu") -> DiffusersHost:
-    """The model that `--model` names.
+    """Load the model that `--model` names.
 
     Raises:
-        UserError: no such model or device.
+        UserError: there is no such model or device.
     """
     quiet_libraries()
     place = torch_device(device)
@@ -55,24 +55,24 @@ def load_host(model: str, device: str = "cpu") -> DiffusersHost:
 
 
 def torch_device(name: str) -> torch.device:
-    """The torch device of that name.
+    """Return the torch device of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: this machine has no such device.
     """
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"No device {name!r} here. Expected cpu, or cuda on a machine with one."
+            f"No device {name!r} on this machine. Expected cpu, or cuda if it has an NVIDIA GPU."
         ) from error
 
 
 def require_folder(out: Path) -> None:
-    """Fail before the work, not after it, where the folder cannot be written.
+    """Fail before the work starts, not after it, if the folder cannot be written to.
 
     Raises:
-        UserError: it cannot be made, or nothing can be written to it.
+        UserError: the folder cannot be created, or nothing can be written to it.
     """
     probe = out / ".writable"
     write_text(probe, "")
@@ -80,7 +80,7 @@ def require_folder(out: Path) -> None:
 
 
 def quiet_libraries() -> None:
-    """No loading bars and no notes on optional packages: the commands show their own progress."""
+    """Silence loading bars and notes on optional packages; the commands show their own progress."""
     try:
         from transformers.utils import logging as transformers_logging
 
@@ -91,21 +91,23 @@ def quiet_libraries() -> None:
         diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_progress_bar()
     except ImportError:
-        return  # loading the model says what is missing
+        return  # loading the model reports what is missing
 
 
 def read_masks(folder: Path, names: Sequence[str], *, all_needed: bool) -> NamedMasks:
-    """`mask_<concept>.png` of the named concepts in a folder.
+    """Read `mask_<concept>.png` of the named concepts from a folder.
 
     Raises:
-        UserError: no such folder, or a mask that is needed is missing.
+        UserError: there is no such folder, it has none of the masks, or one that is needed is missing.
     """
     if not folder.is_dir():
-        raise UserError(f"No folder {folder}. Expected one with mask_<concept>.png files.")
+        raise UserError(f"No folder {folder}. Expected a folder with mask_<concept>.png files.")
     files = {name: folder / f"mask_{name}.png" for name in names}
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing and (all_needed or len(missing) == len(files)):
-        raise UserError(f"No {', '.join(missing)} in {folder}. Masks are named mask_<concept>.png.")
+        raise UserError(
+            f"No {', '.join(missing)} in {folder}. Expected masks named mask_<concept>.png."
+        )
     return {name: read_mask(file) for name, file in files.items() if file.is_file()}
 
 
@@ -115,10 +117,12 @@ def read_examples(
     masks: Sequence[Path] = (),
     truths: Sequence[Path] = (),
 ) -> list[Example]:
-    """Examples from files; one prompt may serve all pictures, mask folders come one per picture.
+    """Read examples from files.
+
+    One prompt may serve all pictures; mask folders are given one per picture.
 
     Raises:
-        UserError: counts that do not match, or any file that cannot be used.
+        UserError: the counts do not match, or a file cannot be used.
     """
     prompts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
     for what, items in (("prompts", prompts), ("mask folders", masks), ("truth folders", truths)):
@@ -136,7 +140,7 @@ def read_examples(
 
 
 def load_tqdm() -> Any:
-    """The class of progress bars.
+    """Return the class of progress bars.
 
     Raises:
         UserError: tqdm is not installed.
@@ -151,19 +155,19 @@ def load_tqdm() -> Any:
 
 
 class Progress:
-    """A progress bar that shows the losses and, where it is known, the mean IoU."""
+    """A progress bar that shows the loss and, if the true masks are known, the mean IoU."""
 
     def __init__(self, quiet: bool = False) -> None:
         """
         Raises:
-            UserError: a bar is wanted and tqdm is not installed.
+            UserError: a bar is wanted but tqdm is not installed.
         """
         self.new_bar = None if quiet else load_tqdm()
         self.bar, self.phase = None, ""
         self.shown: dict[str, str] = {}
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
-        """Listen to an event."""
+        """Update the bar for an event."""
         if event.phase != self.phase and event.phase != "start":
             self.open(event)
         if event.losses:
@@ -175,7 +179,7 @@ class Progress:
             self.bar.update(event.step - self.bar.n)
 
     def open(self, event: StepEvent) -> None:
-        """Start the bar of a phase."""
+        """Start the bar for a phase."""
         self.close()
         self.phase = event.phase
         titles = {"em": "learning tokens and masks", "joint": "learning tokens and weights"}
@@ -183,6 +187,6 @@ class Progress:
             self.bar = self.new_bar(total=event.steps, desc=titles[event.phase], unit="step")
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar, if one is open."""
         if self.bar is not None:
             self.bar.close()

@@ -1,4 +1,4 @@
-"""`python -m em_core demo`: the whole way once, on the demo world."""
+"""`python -m em_core demo`: the whole method once, in the demo world."""
 
 import argparse
 import sys
@@ -37,33 +37,44 @@ OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the `demo` command."""
     parser = subparsers.add_parser(
         "demo",
         help="learn two concepts from one rendered picture and draw them together",
-        description="Render a scene with two concepts that the demo model never saw, learn them, draw them.",
+        description="Render a scene with two concepts that the demo model never saw, learn them and draw them.",
         epilog="example:\n  python -m em_core demo --out output/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("output/demo"), help="folder for the results"
+        "--out",
+        type=Path,
+        default=Path("output/demo"),
+        help="folder for the results (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="of the scene and of the run")
     parser.add_argument(
-        "--set", choices=SETS, default=SET, help="A new combinations, B new looks, C new shapes"
+        "--seed",
+        type=int,
+        default=SEED,
+        help="seed of the scene and the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        choices=SETS,
+        default=SET,
+        help="A: new combinations, B: new looks, C: new shapes (default: %(default)s)",
     )
     parser.set_defaults(run=run_command)
 
 
 class Film:
-    """Keeps an overlay of the masks at the start and at every E-step."""
+    """A listener that keeps an overlay of the masks at the start and at every E-step."""
 
     def __init__(self, picture: torch.Tensor) -> None:
         self.picture = picture
         self.frames: dict[int, Image.Image] = {}
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
-        """Listen to an event."""
+        """Keep an overlay if the event has new masks."""
         if event.masks:
             self.frames[event.step] = overlay(self.picture, state.pictures[0].labels, SCALE)
 
@@ -92,7 +103,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def example_of(scene: ConceptScene) -> Example:
-    """The scene as a training example with its true masks."""
+    """Return the scene as a training example with its true masks."""
     picture = rearrange(torch.from_numpy(scene.image.astype(np.float32) / 255), "h w c -> c h w")
     truth = {name: torch.from_numpy(mask) for name, mask in scene.masks.items()}
     return Example(picture, ConceptPrompt.parse(scene.prompt), truth=truth)
@@ -101,7 +112,7 @@ def example_of(scene: ConceptScene) -> Example:
 def learn(
     host: DiffusersHost, example: Example, mode: Mode, seed: int, listeners: Sequence[Film]
 ) -> tuple[Problem, float, RunState]:
-    """One run with a progress bar; gives the time it took too."""
+    """Learn with a progress bar; return the problem, the seconds it took, and the final state."""
     started = time.monotonic()
     family = host.identity().family
     settings = replace(em_settings(family), mode=mode, seed=seed)
@@ -114,7 +125,7 @@ def learn(
 
 
 def write_pictures(problem: Problem, state: RunState, film: Film, out: Path) -> None:
-    """Masks and overlays at the start and the end, and the strip between them."""
+    """Write the final masks, overlays of the start and the end, and the strip between them."""
     first, last = min(film.frames), max(film.frames)
     save_image(out / "overlay_start.png", film.frames[first])
     save_image(out / "overlay_end.png", film.frames[last])
@@ -127,7 +138,7 @@ def write_pictures(problem: Problem, state: RunState, film: Film, out: Path) -> 
 
 
 def generated(host: DiffusersHost, concepts: ConceptSet, scene: ConceptScene) -> Image.Image:
-    """A grid: the picture learned from, each concept alone, both together, both elsewhere."""
+    """Draw a grid: the picture learned from, each concept alone, both together, both elsewhere."""
     one, two = concepts.names[:2]
     here = scene.background
     elsewhere = next(place for place in OTHER_PLACES if place != here)
@@ -146,7 +157,7 @@ def generated(host: DiffusersHost, concepts: ConceptSet, scene: ConceptScene) ->
 
 
 def table(state: RunState, fixed: RunState, out: Path, seconds: float) -> str:
-    """What the demo prints at its end."""
+    """Return the summary that the demo prints at its end."""
     start = {name: points[0][1] for name, points in state.curves.items() if name.startswith("iou/")}
     lines = [
         "",

@@ -1,4 +1,4 @@
-"""`python -m em_core generate`: pictures of learned concepts."""
+"""`python -m em_core generate`: draw pictures of learned concepts."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ EXAMPLE = """example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the `generate` command."""
     parser = subparsers.add_parser(
         "generate",
         help="draw pictures of learned concepts",
-        description="Draw pictures for prompts in which learned concepts stand as <name>.",
+        description="Draw pictures from prompts that contain learned concepts, written as <name>.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -30,20 +30,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument(
-        "--count", type=positive, default=4, help="pictures per prompt (%(default)s)"
+        "--count", type=positive, default=4, help="pictures per prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of the first picture; the others count on (%(default)s)",
-    )
-    parser.add_argument("--steps", type=positive, default=30, help="sampling steps (%(default)s)")
-    parser.add_argument(
-        "--guidance", type=float, default=5.0, help="classifier-free guidance scale (%(default)s)"
+        help="seed of the first picture; each further picture adds 1 (default: %(default)s)",
     )
     parser.add_argument(
-        "--any-weights", action="store_true", help="also on a fine-tune of the model they come from"
+        "--steps", type=positive, default=30, help="sampling steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=5.0,
+        help="scale of classifier-free guidance (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--any-weights",
+        action="store_true",
+        help="also accept a fine-tune of the model that the concepts were learned on",
     )
     add_model(parser)
     parser.set_defaults(run=run_command)

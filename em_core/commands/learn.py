@@ -1,4 +1,4 @@
-"""`python -m em_core learn`: concepts and masks from pictures."""
+"""`python -m em_core learn`: learn concepts and masks from pictures."""
 
 import argparse
 import sys
@@ -31,11 +31,11 @@ EXAMPLE = """example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the `learn` command."""
     parser = subparsers.add_parser(
         "learn",
         help="learn concepts and their masks from pictures",
-        description="Learn a token for each concept of the prompts, and find each concept's mask.",
+        description="Learn a token for each concept that the prompts mark, and find each concept's mask.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,77 +44,87 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--prompt",
         nargs="+",
         required=True,
-        help="one prompt per picture, or one for all: a photo of <rex:dog> on grass",
+        help="one prompt per picture, or one for all, such as: a photo of <rex:dog> on grass",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--mode",
         choices=("em", "fixed", "given", "none"),
         default="em",
-        help="masks: found while learning (em, the default), found once, yours, or none",
+        help="where masks come from: em finds them while learning, fixed finds them once at the start, "
+        "given takes yours, none uses no masks (default: %(default)s)",
     )
     parser.add_argument(
         "--masks",
         type=Path,
         nargs="+",
         default=[],
-        help="mode given: folder of mask_<concept>.png, one per picture",
+        help="folders of mask_<concept>.png, one per picture, for --mode given",
     )
     parser.add_argument(
         "--truth",
         type=Path,
         nargs="+",
         default=[],
-        help="folder of true masks, one per picture, for the IoU curves",
+        help="folders of true masks (mask_<concept>.png), one per picture, for the IoU curves",
     )
     parser.add_argument(
-        "--steps", type=int, help="steps of the EM loop; otherwise 400, with the demo model 120"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
-    parser.add_argument(
-        "--vectors", type=int, default=1, help="token vectors per concept (%(default)s)"
+        "--steps",
+        type=int,
+        help="steps of the EM loop (default: 400, or 120 with the demo model)",
     )
     parser.add_argument(
-        "--learning-rate", type=float, help="of the token vectors; otherwise what suits the model"
+        "--seed", type=int, default=0, help="seed of everything random (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vectors", type=int, default=1, help="token vectors per concept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="learning rate of the token vectors (default: what suits the model)",
     )
     parser.add_argument(
         "--joint",
         choices=("none", "lora", "cross_attention", "full"),
         default="none",
-        help="then learn tokens and weights together (%(default)s)",
+        help="what to learn afterwards, together with the tokens: a LoRA, the keys and values of "
+        "cross-attention, or all weights (default: %(default)s)",
     )
     parser.add_argument(
         "--joint-steps",
         type=int,
-        help="steps of the joint phase; otherwise 400, with the demo model 100",
+        help="steps of the joint phase (default: 400, or 100 with the demo model)",
     )
     parser.add_argument(
         "--joint-learning-rate",
         type=float,
-        help="of the weights; otherwise what suits the model and the kind of joint phase",
+        help="learning rate of the weights (default: what suits the model and the kind of joint phase)",
     )
     parser.add_argument(
         "--prior-weight",
         type=float,
         default=0.0,
-        help="prior preservation in the joint phase (%(default)s: off)",
+        help="weight of prior preservation in the joint phase; 0 is off (default: %(default)s)",
     )
     parser.add_argument(
-        "--literal", action="store_true", help="the paper's own loop: an E-step after every step"
+        "--literal",
+        action="store_true",
+        help="run the paper's own loop, with an E-step after every step",
     )
     parser.add_argument(
         "--no-crf", action="store_true", help="do not refine masks with the DenseCRF"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that was stopped in --out"
+        "--resume", action="store_true", help="continue the run that was stopped in --out"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_model(parser)
     parser.set_defaults(run=run_command)
 
 
 def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, JointSettings]:
-    """Both phases' settings: the family's defaults, changed as asked."""
+    """Return the settings of both phases: the family's defaults with the given options applied."""
     em, joint = em_settings(family), joint_settings(family, args.joint)
     changes = {"steps": args.steps, "learning_rate": args.learning_rate}
     em = replace(em, mode=args.mode, seed=args.seed, vectors=args.vectors)
@@ -123,18 +133,20 @@ def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, Join
     em = replace(em, masks=replace(em.masks, crf=None)) if args.no_crf else em
     changes = {"steps": args.joint_steps, "learning_rate": args.joint_learning_rate}
     joint = replace(joint, prior_weight=args.prior_weight)
-    return em, replace(joint, **{n: value for n, value in changes.items() if value is not None})
+    return em, replace(
+        joint, **{name: value for name, value in changes.items() if value is not None}
+    )
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Learn, and write the results; a stopped run says how it goes on."""
+    """Learn and write the results; a run that is stopped says how to continue it."""
     require_folder(args.out)
     load_matplotlib()
     state_file = args.out / STATE
     require_state(state_file, expected=args.resume)
     if args.mode == "given" and not args.masks:
         raise UserError(
-            "Mode given needs --masks: a folder with mask_<concept>.png for each picture."
+            "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
         )
     examples = read_examples(args.image, args.prompt, args.masks, args.truth)
     host = load_host(args.model, args.device)
@@ -151,7 +163,7 @@ def run_command(args: argparse.Namespace) -> int:
     progress.close()
     if not finished(problem, state):
         sys.stderr.write(
-            f"Stopped at step {state.step}. Go on with the same command and --resume.\n"
+            f"Stopped at step {state.step}. To continue, add --resume to the same command.\n"
         )
         return 130
     write_results(problem, state, args.out, time.monotonic() - started)
@@ -160,22 +172,24 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def require_state(file: Path, *, expected: bool) -> None:
-    """Neither resume what is not there nor write over a run that was stopped.
+    """Refuse to resume a run that is not there, and to overwrite one that was stopped.
 
     Raises:
-        UserError: the file of a stopped run is missing, or there is one that was not expected.
+        UserError: the file of a stopped run is missing, or there is one but none was expected.
     """
     if expected and not file.is_file():
-        raise UserError(f"Nothing to resume: no {file}. Start without --resume.")
+        raise UserError(
+            f"Nothing to resume. Expected the state of a stopped run in {file}. Start without --resume."
+        )
     if file.is_file() and not expected:
         raise UserError(
-            f"{file.parent} holds a run that was stopped. Go on with it with --resume, "
-            f"or delete {file.name} there to start anew."
+            f"{file.parent} holds a run that was stopped. Continue it with --resume, or delete {file.name} "
+            "there to start over."
         )
 
 
 def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:
-    """concepts.safetensors, mask_<concept>.png, curves.png, metrics.json."""
+    """Write concepts.safetensors, mask_<concept>.png, curves.png and metrics.json."""
     conclude(problem, state).save(out / "concepts.safetensors")
     if problem.settings.mode != "none":
         write_masks(problem, state, out)
@@ -184,13 +198,13 @@ def write_results(problem: Problem, state: RunState, out: Path, seconds: float) 
 
 
 def write_masks(problem: Problem, state: RunState, out: Path) -> None:
-    """Masks at their picture's own size; with several pictures the number follows the name."""
+    """Write the masks at their pictures' own size; with several pictures, a number follows the name."""
     several = len(problem.pictures) > 1
-    for i, (prepared, picture) in enumerate(
+    for number, (prepared, picture) in enumerate(
         zip(problem.pictures, state.pictures, strict=True), start=1
     ):
         height, width = prepared.example.picture.shape[-2:]
         masks = cut(resize(picture.labels.float(), (height, width), "mask"))
         for name, mask in zip(prepared.names, masks, strict=True):
-            file = f"mask_{name}_{i}.png" if several else f"mask_{name}.png"
+            file = f"mask_{name}_{number}.png" if several else f"mask_{name}.png"
             save_mask(out / file, mask)

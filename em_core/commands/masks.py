@@ -1,4 +1,4 @@
-"""`python -m em_core masks`: masks of words or learned concepts in a picture."""
+"""`python -m em_core masks`: find words or learned concepts in a picture."""
 
 import argparse
 from dataclasses import replace
@@ -24,38 +24,49 @@ EXAMPLE = """examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the `masks` command."""
     parser = subparsers.add_parser(
         "masks",
-        help="masks of words or learned concepts in a picture",
-        description="Read masks off the cross-attention: of words (<name:words>) or of learned concepts (<name>).",
+        help="find masks of words or learned concepts in a picture",
+        description="Find masks of words (<name:words>) or of learned concepts (<name>) from the model's "
+        "attention.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--image", type=Path, required=True, help="the picture to look in")
+    parser.add_argument("--image", type=Path, required=True, help="the picture to search")
     parser.add_argument(
-        "--prompt", required=True, help="what is to be found stands as <name:words> or <name>"
+        "--prompt",
+        required=True,
+        help="description of the picture that marks what to find as <name:words> or <name>",
     )
     parser.add_argument("--concepts", type=Path, help="a concepts.safetensors file")
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="folder for mask_<name>.png, heat_<name>.png, overlay.png",
+        help="folder for mask_<name>.png, heat_<name>.png and overlay.png",
     )
     parser.add_argument(
-        "--passes", type=positive, default=50, help="noise samples that are averaged (%(default)s)"
+        "--passes",
+        type=positive,
+        default=50,
+        help="number of noise samples to average (default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",
-        help="between 0 and 1 on the normalised map, or otsu; else what suits the model",
+        help="a number between 0 and 1, which the normalised attention map must exceed, or otsu (default: "
+        "what suits the model)",
     )
     parser.add_argument(
         "--no-crf", action="store_true", help="do not refine the masks with the DenseCRF"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument(
-        "--any-weights", action="store_true", help="also on a fine-tune of the model they come from"
+        "--seed", type=int, default=0, help="seed of the noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--any-weights",
+        action="store_true",
+        help="also accept a fine-tune of the model that the concepts were learned on",
     )
     add_model(parser)
     parser.set_defaults(run=run_command)
@@ -78,7 +89,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def mask_settings(args: argparse.Namespace, settings: MaskSettings) -> MaskSettings:
-    """The family's settings, changed as asked."""
+    """Return the family's settings with the given options applied."""
     settings = replace(settings, init_timesteps=args.passes)
     if args.no_crf:
         settings = replace(settings, crf=None)
@@ -88,7 +99,11 @@ def mask_settings(args: argparse.Namespace, settings: MaskSettings) -> MaskSetti
 
 
 def learned_concepts(args: argparse.Namespace, host: DiffusersHost) -> ConceptSet | None:
-    """The concepts of `--concepts`, if they fit the model."""
+    """Load the concepts of `--concepts`; None without that option.
+
+    Raises:
+        UserError: the file is not a concept file, or its concepts do not fit the model.
+    """
     if args.concepts is None:
         return None
     concepts = ConceptSet.load(args.concepts)
@@ -97,7 +112,11 @@ def learned_concepts(args: argparse.Namespace, host: DiffusersHost) -> ConceptSe
 
 
 def read_threshold(text: str) -> Threshold:
-    """A number in 0..1, or "otsu"."""
+    """Parse a number between 0 and 1, or "otsu".
+
+    Raises:
+        UserError: it is neither.
+    """
     if text == "otsu":
         return "otsu"
     try:

@@ -20,46 +20,56 @@ EXAMPLE = """examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the `refine` command."""
     parser = subparsers.add_parser(
         "refine",
         help="sharpen masks along the edges of a picture",
         description=(
-            "Refine masks of one picture with a fully connected CRF. Masks are read from the first "
-            "channel, over 127; those of another size are fitted to the picture."
+            "Refine masks of one picture with a fully connected CRF. A mask is where the first channel of "
+            "its file is over 127; masks of a different size are resized to the picture."
         ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--image", type=Path, required=True, help="the picture")
-    parser.add_argument("--mask", type=Path, nargs="+", required=True, help="one file a mask")
+    parser.add_argument("--mask", type=Path, nargs="+", required=True, help="one file per mask")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for PNG files of the masks' names"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the refined masks, as PNG files of the same names",
     )
     parser.add_argument(
         "--backend",
         choices=("torch", "pydensecrf"),
         default="torch",
-        help="what solves it (%(default)s); pydensecrf has to be installed",
+        help="what solves the CRF; pydensecrf must be installed separately (default: %(default)s)",
     )
     parser.add_argument(
-        "--preset", choices=sorted(PRESETS), default="cutler", help="set of numbers (%(default)s)"
+        "--preset",
+        choices=sorted(PRESETS),
+        default="cutler",
+        help="which published settings to use (default: %(default)s)",
     )
-    parser.add_argument("--iterations", type=int, help="mean-field updates; otherwise the preset's")
     parser.add_argument(
-        "--working-size", type=int, help="longer side to solve at, such as 256; otherwise full size"
+        "--iterations", type=int, help="number of mean-field updates (default: the preset's)"
+    )
+    parser.add_argument(
+        "--working-size",
+        type=int,
+        help="longer side to shrink the picture to while solving, such as 256 (default: full size)",
     )
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="refine each mask alone; refined masks may then overlap",
+        help="refine each mask on its own; refined masks may then overlap",
     )
     add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the refined masks."""
+    """Refine the masks and write them to --out."""
     settings = settings_of(args)
     if settings.backend == "pydensecrf":
         load()
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> CRFSettings:
-    """The preset with the options that were given."""
+    """Return the preset with the given options applied."""
     settings = replace(
         PRESETS[args.preset],
         backend=args.backend,
@@ -87,19 +97,21 @@ def settings_of(args: argparse.Namespace) -> CRFSettings:
 
 
 def output_files(masks: Sequence[Path], folder: Path) -> list[Path]:
-    """Where each mask's refinement goes: its own name, as PNG.
+    """Return the file that each refined mask is written to: its own name, as PNG.
 
     Raises:
-        UserError: two masks would share a file, or a mask would be written over.
+        UserError: two masks would share a file, or a given mask would be overwritten.
     """
     targets = [folder / f"{mask.stem}.png" for mask in masks]
     double = next((target for target in targets if targets.count(target) > 1), None)
     if double is not None:
         raise UserError(
-            f"Two masks would be written to {double}. Expected masks of different names."
+            f"Two masks would be written to {double}. Expected masks with different names."
         )
     inputs = {mask.resolve() for mask in masks}
     for target in targets:
         if target.resolve() in inputs:
-            raise UserError(f"{target} is one of the given masks. Choose another --out folder.")
+            raise UserError(
+                f"{target} would overwrite one of the given masks. Choose another --out folder."
+            )
     return targets

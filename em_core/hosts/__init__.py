@@ -1,1 +1,1 @@
-"""The protocol over the libraries that run the models."""
+"""The diffusion-model protocol, implemented with the libraries that run the models."""

@@ -1,7 +1,7 @@
-"""The diffusion-model protocol over diffusers, which is an extra.
+"""The diffusion-model protocol, implemented with diffusers, which is an optional extra.
 
-Works with any Stable Diffusion 1.x / 2.x pipeline folder, and with a single .safetensors checkpoint
-where diffusers can read it without a network.
+It works with any Stable Diffusion 1.x or 2.x pipeline folder, and with a single .safetensors
+checkpoint if diffusers can read it without a network.
 """
 
 import json
@@ -44,20 +44,23 @@ KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
 
 
 def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
-    """Module path -> diffusers Attention of every cross-attention (attn2), in network order."""
-    return {name: m for name, m in unet.named_modules() if name.endswith("attn2")}
+    """Map module paths to diffusers' cross-attention modules (attn2), in network order."""
+    return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
 
 
 @contextmanager
 def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
     """Let `recorder` see a diffusers UNet's cross-attention while the context is open."""
     modules = cross_attention_modules(unet)
-    with listening(recorder, {n: (m.to_q, m.to_k, m.heads) for n, m in modules.items()}):
+    projections = {
+        name: (module.to_q, module.to_k, module.heads) for name, module in modules.items()
+    }
+    with listening(recorder, projections):
         yield recorder
 
 
 def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
-    """The cross-attention layers of a diffusers UNet, from the first down block to the last up block."""
+    """Return a diffusers UNet's cross-attention layers, from the first down block to the last up block."""
     levels = len(unet.config.block_out_channels)
     layers: dict[str, list[AttentionLayer]] = {"down": [], "mid": [], "up": []}
     for name in cross_attention_modules(unet):
@@ -70,19 +73,19 @@ def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]
 
 
 def load_pipeline(source: Path | str) -> Any:
-    """A Stable Diffusion pipeline from a folder, one .safetensors file, or a name on the model hub.
+    """Load a Stable Diffusion pipeline from a folder, a .safetensors file, or a name on the model hub.
 
     Only safetensors weights are read; nothing is unpickled. A folder or file is read without a
-    network; a name is downloaded by diffusers unless it is in its cache.
+    network; a model on the hub is downloaded by diffusers unless it is in its cache.
 
     Raises:
-        UserError: diffusers is not installed, or there is no model that it can read.
+        UserError: diffusers is not installed, or the source holds no model that it can read.
     """
     try:
         from diffusers import StableDiffusionPipeline
     except ImportError as error:
         raise UserError(
-            "This needs diffusers. Install it: pip install diffusers transformers"
+            "Loading a model needs diffusers. Install it: pip install diffusers transformers"
         ) from error
     path, checker = Path(source), {"safety_checker": None, "requires_safety_checker": False}
     try:
@@ -99,12 +102,12 @@ def load_pipeline(source: Path | str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"Could not load a Stable Diffusion 1.x or 2.x model from {source}: {error}. "
-            "Expected a diffusers pipeline folder with safetensors weights, one .safetensors "
+            "Expected a diffusers pipeline folder with safetensors weights, a .safetensors "
             "checkpoint, or the name of such a model on the hub (owner/name)."
         ) from error
     raise UserError(
         f"No model at {source}. Expected a diffusers pipeline folder (with model_index.json), "
-        "one .safetensors checkpoint, or the name of a model on the hub (owner/name)."
+        "a .safetensors checkpoint, or the name of a model on the hub (owner/name)."
     )
 
 
@@ -112,24 +115,24 @@ def require_plain_model(unet: Any, text_encoder: Any) -> None:
     """Refuse a UNet that takes more than noise, a timestep and one text encoder's output.
 
     Raises:
-        UserError: an inpainting model, SDXL, or another kind.
+        UserError: the model is an inpainting model, SDXL, or of another kind.
     """
     channels, width = unet.config.in_channels, unet.config.cross_attention_dim
     text = text_encoder.get_input_embeddings().weight.shape[1]
     if channels != 4 or width != text:
         raise UserError(
-            f"This is no plain Stable Diffusion 1.x or 2.x model. Expected a UNet of 4 input channels "
-            f"and the text encoder's width of {text}, got {channels} channels and width {width}. "
-            "Inpainting models and SDXL cannot be used here."
+            f"This is not a plain Stable Diffusion 1.x or 2.x model. Expected a UNet with 4 input channels "
+            f"and the text encoder's width of {text}, got {channels} channels and a width of {width}. "
+            "Use a model that is neither an inpainting model nor SDXL."
         )
 
 
 class DiffusersHost:
-    """The protocol :class:`em_core.model.protocol.DiffusionModel` over a diffusers Stable Diffusion pipeline.
+    """The protocol :class:`em_core.model.protocol.DiffusionModel` over a Stable Diffusion pipeline.
 
     Attributes:
         pipeline: the diffusers pipeline; its modules are frozen and in eval mode.
-        known_words: words that the model was trained on, where it knows only these.
+        known_words: the words that the model was trained on, if it knows no others; otherwise None.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class DiffusersHost:
         for module in (self.unet, self.vae, self.text_encoder):
             module.to(self.device, dtype).eval().requires_grad_(False)
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        # As embedding files call them: OpenCLIP-H of SD 2.x, CLIP-L of SD 1.x and its small kin.
+        # The names in embedding files: OpenCLIP-H for SD 2.x, CLIP-L for SD 1.x and small models like it.
         self.encoder = "clip_h" if width == SD2_WIDTH else "clip_l"
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
@@ -164,9 +167,9 @@ class DiffusersHost:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "DiffusersHost":
-        """Load a pipeline folder, a .safetensors checkpoint, or a model of the hub by its name.
+        """Load a pipeline folder, a .safetensors checkpoint, or a model on the hub by its name.
 
-        A `words.json` in the folder lists the only words that the model knows.
+        If the folder has a `words.json`, the model knows only the words listed there.
 
         Raises:
             UserError: diffusers is not installed, or there is no such model.
@@ -191,7 +194,8 @@ class DiffusersHost:
         """Encode prompts with the vectors in place of the concepts.
 
         Raises:
-            UserError: too many pieces, a word that the model does not know, or a concept without vectors.
+            UserError: a prompt is too long, has a word that the model does not know, or has a concept
+                without vectors.
         """
         rows = [self.token_row(prompt, vectors) for prompt in prompts]
         ids = torch.stack([ids for ids, _, _ in rows])
@@ -204,7 +208,7 @@ class DiffusersHost:
     def token_row(
         self, prompt: ConceptPrompt, vectors: ConceptVectors
     ) -> tuple[Int[Tensor, " t"], dict[str, tuple[int, ...]], int]:
-        """Token ids of one prompt, each concept's positions, and the position of the end token."""
+        """Return a prompt's token ids, each concept's positions, and the position of the end token."""
         tokenizer = self.pipeline.tokenizer
         ids, columns = [tokenizer.bos_token_id], {}
         for part in prompt.parts:
@@ -221,14 +225,15 @@ class DiffusersHost:
         end, limit = len(ids), self.text_encoder.config.max_position_embeddings
         if end + 1 > limit:
             raise UserError(
-                f"The prompt {str(prompt)!r} has {end - 1} pieces. Expected at most {limit - 2}: shorten it."
+                f"The prompt {str(prompt)!r} is too long. Expected at most {limit - 2} pieces, got {end - 1}. "
+                "Shorten it."
             )
         pad = tokenizer.pad_token_id
         row = [*ids, tokenizer.eos_token_id, *[pad] * (limit - end - 1)]
         return torch.tensor(row), columns, end
 
     def pieces(self, text: str) -> list[int]:
-        """CLIP ids of plain text.
+        """Return the CLIP ids of plain text.
 
         Raises:
             UserError: the model knows only some words, and `text` has others.
@@ -241,13 +246,13 @@ class DiffusersHost:
     def concepts_in_place(
         self, columns: Sequence[Mapping[str, tuple[int, ...]]], vectors: ConceptVectors
     ) -> Iterator[None]:
-        """Put the concepts' vectors at their positions in the token embedding's output."""
+        """Put the concepts' vectors at their positions in the token embeddings while the context is open."""
 
         def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             output = output.clone()
-            for b, of_prompt in enumerate(columns):
-                for name, positions in of_prompt.items():
-                    output[b, list(positions)] = vectors[name][self.encoder].to(output)
+            for row, positions_by_name in enumerate(columns):
+                for name, positions in positions_by_name.items():
+                    output[row, list(positions)] = vectors[name][self.encoder].to(output)
             return output
 
         handle = self.text_encoder.get_input_embeddings().register_forward_hook(replace)
@@ -270,7 +275,10 @@ class DiffusersHost:
     def initial_vectors(
         self, words: str, count: int | None, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "n d"]]:
-        """Vectors of the words' pieces, or random ones with the table's mean and deviation."""
+        """Return the vectors of the words' pieces or, without words, random ones like the table's.
+
+        Random vectors have the mean and standard deviation of the token table.
+        """
         table = self.text_encoder.get_input_embeddings().weight.detach().float()
         ids = self.pieces(words)
         if not ids:
@@ -278,11 +286,11 @@ class DiffusersHost:
         return {self.encoder: spread_pieces(table[ids], count or len(ids))}
 
     def modules(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The parts that are learned, by the names that stand before their layers'."""
+        """Return the parts that can be learned, with the names that prefix their layers' names."""
         return ("unet", self.unet), ("text_encoder", self.text_encoder)
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
-        """Path -> linear layers that a LoRA acts on: the attention of UNet and text encoder."""
+        """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoder."""
         return {
             f"{root}.{name}": layer
             for root, module in self.modules()
@@ -291,16 +299,16 @@ class DiffusersHost:
         }
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
-        """Path -> the keys and values of cross-attention, or all weights but the token table."""
+        """Map paths to the keys and values of cross-attention, or to all weights but the token table."""
         table = self.text_encoder.get_input_embeddings().weight
         named = {
-            f"{root}.{name}": p
+            f"{root}.{name}": weight
             for root, module in self.modules()
-            for name, p in module.named_parameters()
-            if p is not table
+            for name, weight in module.named_parameters()
+            if weight is not table
         }
         if kind == "cross_attention":
-            return {name: p for name, p in named.items() if KEYS_AND_VALUES.search(name)}
+            return {name: weight for name, weight in named.items() if KEYS_AND_VALUES.search(name)}
         return named
 
     def trainable(
@@ -316,15 +324,23 @@ class DiffusersHost:
         return trainable_weights(self.weights(kind), values)
 
     def identity(self) -> ModelIdentity:
-        named = {f"{root}.{n}": p for root, m in self.modules() for n, p in m.named_parameters()}
+        named = {
+            f"{root}.{name}": weight
+            for root, module in self.modules()
+            for name, weight in module.named_parameters()
+        }
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
         return ModelIdentity.of_weights(family, {self.encoder: width}, named)
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
-        lora = {name: x.to(self.device) for name, x in weights.items() if not name.endswith(DIFF)}
-        diffs = {name: x for name, x in weights.items() if name.endswith(DIFF)}
+        lora = {
+            name: weight.to(self.device)
+            for name, weight in weights.items()
+            if not name.endswith(DIFF)
+        }
+        diffs = {name: weight for name, weight in weights.items() if name.endswith(DIFF)}
         with ExitStack() as stack:
             if any(name.endswith(DOWN) for name in lora):
                 stack.enter_context(lora_applied(self.adaptable_layers(), lora, lora_scale))
@@ -341,18 +357,18 @@ class DiffusersHost:
         guidance: float = 5.0,
         size: Size | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
-        """Pictures in 0..1, one per seed, in which learned concepts stand as `<name>`.
+        """Draw pictures in 0..1, one per seed, from a prompt with learned concepts as `<name>`.
 
         Args:
-            prompt: such as `a photo of <rex> in the snow`.
-            concepts: weights that were learned with them act too.
-            seeds: of the noise; the same seed gives the same picture.
-            steps: of diffusers' own sampler.
+            prompt: the prompt, such as `a photo of <rex> in the snow`.
+            concepts: learned concepts; weights that were learned with them are applied too.
+            seeds: seeds of the noise; the same seed gives the same picture.
+            steps: number of steps of diffusers' own sampler.
             guidance: scale of classifier-free guidance.
-            size: (height, width); None: the model's own.
+            size: (height, width) in pixels; None takes the model's own.
 
         Raises:
-            UserError: the prompt names a concept that is not among them.
+            UserError: the prompt names a concept that is not among `concepts`.
         """
         prompt = ConceptPrompt.parse(prompt) if isinstance(prompt, str) else prompt
         vectors = concepts.vectors if concepts else {}
@@ -369,7 +385,7 @@ class DiffusersHost:
         guidance: float = 5.0,
         size: Size | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
-        """Pictures in 0..1, one per seed (diffusers' own sampling loop and scheduler)."""
+        """Draw pictures in 0..1, one per seed, with diffusers' own sampling loop and scheduler."""
         empty = self.encode_prompts([ConceptPrompt(())], {}).inputs["y"]
         y = self.encode_prompts([prompt], vectors).inputs["y"]
         height, width = size or (self.image_side, self.image_side)

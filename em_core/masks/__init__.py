@@ -1,1 +1,1 @@
-"""From attention maps to masks: thresholds, competition, guards, resizing, the DenseCRF."""
+"""How attention maps become masks: thresholds, competition, guards, resizing, the DenseCRF."""

@@ -1,4 +1,4 @@
-"""Mean attention maps of one picture's concepts become masks (VCD, "Mask extraction")."""
+"""Turn the mean attention maps of one picture's concepts into masks (VCD, "Mask extraction")."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Estimate:
     """Masks of one picture.
 
     Attributes:
-        thresholded: B, before refinement.
-        probability: marginals of the refinement (or B itself), 0..1.
+        thresholded: B, the masks before refinement.
+        probability: the refinement's marginals in 0..1, or B itself if there is no refinement.
         masks: M, the refined labels.
-        contrast: how far each normalised map is higher inside its mask than outside, at most 1.
+        contrast: how much higher each normalised map is inside its mask than outside, at most 1.
     """
 
     thresholded: Bool[Tensor, "k H W"]
@@ -33,7 +33,7 @@ class Estimate:
     contrast: Float[Tensor, " k"]
 
     def weights(self, soft: bool) -> Float[Tensor, "k H W"]:
-        """What the M-step weighs its losses with: marginals where `soft`, else labels."""
+        """Return the M-step's weights for its losses: the marginals if `soft`, otherwise the labels."""
         return self.probability if soft else self.masks.float()
 
 
@@ -43,7 +43,7 @@ def masks_from_maps(
     settings: MaskSettings,
     refine: Refine | None,
 ) -> Estimate:
-    """Normalise, enlarge, threshold and refine mean attention maps (VCD, "Mask extraction")."""
+    """Resize, normalise, threshold and refine mean attention maps (VCD, "Mask extraction")."""
     scaled = min_max(resize(maps, size, "map"))
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
@@ -56,5 +56,5 @@ def masks_from_maps(
 
 
 def make_refiner(picture: Picture, settings: MaskSettings) -> Refine | None:
-    """The DenseCRF of one picture, or None where it is off."""
+    """Return the DenseCRF of one picture, or None if it is off."""
     return None if settings.crf is None else MaskRefiner(picture, settings.crf)

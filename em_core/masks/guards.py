@@ -1,4 +1,4 @@
-"""When a new mask is not believed."""
+"""Checks that a new mask has to pass."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,13 @@ from .measures import areas, iou
 
 @dataclass(frozen=True)
 class Guards:
-    """When an E-step's mask is not believed and the previous one stays (method: CutLER's rule, own limits).
+    """When an E-step's mask is not believed, so that the previous one stays.
+
+    The rule is CutLER's; the limits are our own.
 
     Attributes:
-        min_agreement: least IoU of the refined mask with the thresholded map it came from.
-        min_area, max_area: limits of the share of the picture that a mask may cover.
+        min_agreement: smallest IoU of the refined mask and the thresholded map it came from.
+        min_area, max_area: smallest and largest share of the picture that a mask may cover.
     """
 
     min_agreement: float = 0.5
@@ -24,7 +26,7 @@ class Guards:
     def accept(
         self, refined: Bool[Tensor, "k h w"], thresholded: Bool[Tensor, "k h w"]
     ) -> Bool[Tensor, " k"]:
-        """Which of the k refined masks are to be believed."""
+        """Return which of the k refined masks to believe."""
         area = areas(refined)
         agree = iou(refined, thresholded) >= self.min_agreement
         return agree & (area >= self.min_area) & (area <= self.max_area)

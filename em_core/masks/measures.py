@@ -1,4 +1,4 @@
-"""Measures of masks."""
+"""Measures of masks: agreement, area, contrast and union."""
 
 import torch
 from einops import reduce
@@ -7,27 +7,30 @@ from torch import Tensor
 
 
 def iou(a: Bool[Tensor, "*b h w"], b: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
-    """Intersection over union of each pair of masks; two empty masks agree (1)."""
+    """Return the intersection over union of each pair of masks; for two empty masks it is 1."""
     both = (a & b).flatten(-2).sum(dim=-1).float()
     either = (a | b).flatten(-2).sum(dim=-1).float()
     return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(either))
 
 
 def areas(masks: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
-    """Share of the picture that each mask covers, 0..1."""
+    """Return the share of the picture that each mask covers, in 0..1."""
     return masks.float().mean(dim=(-2, -1))
 
 
 def contrast(maps: Float[Tensor, "k h w"], masks: Bool[Tensor, "k h w"]) -> Float[Tensor, " k"]:
-    """Mean of each map inside its mask less the mean outside; 0 for a mask of nothing or everything."""
+    """Return each map's mean inside its mask minus its mean outside.
+
+    It is 0 for a mask that covers nothing or everything.
+    """
     inside = masks.float()
     outside = 1 - inside
-    area_in, area_out = (reduce(x, "k h w -> k", "sum") for x in (inside, outside))
+    area_in, area_out = (reduce(part, "k h w -> k", "sum") for part in (inside, outside))
     mean_in = reduce(maps * inside, "k h w -> k", "sum") / area_in.clamp(min=1)
     mean_out = reduce(maps * outside, "k h w -> k", "sum") / area_out.clamp(min=1)
     return (mean_in - mean_out) * (area_in > 0) * (area_out > 0)
 
 
 def union(masks: Float[Tensor, "b k h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Pixel-wise maximum over the concepts (the union of VCD Eq. 3)."""
+    """Return the pixel-wise maximum over the concepts (the union in VCD Eq. 3)."""
     return reduce(masks, "b k h w -> b 1 h w", "max")

@@ -1,4 +1,4 @@
-"""One way to resize each kind of image, and one way to make labels of masks."""
+"""The one way to resize each kind of image, and the one way to turn masks into labels."""
 
 from typing import Literal
 
@@ -13,11 +13,11 @@ Size = tuple[int, int]
 def resize(
     x: Float[Tensor, "*b _h _w"], size: Size, what: Literal["picture", "map", "mask"]
 ) -> Float[Tensor, "*b h w"]:
-    """Resize by the rule for what it is; at the right size it comes back as it is.
+    """Resize an image by the rule for its kind; one of the right size is returned as it is.
 
-    - A picture in 0..1: antialiased bicubic, kept in 0..1.
-    - Attention maps and masks: area means along the sides that shrink, so that a pixel tells the
-      share of it that is covered; bilinear along those that grow.
+    - Pictures in 0..1: antialiased bicubic, clamped to 0..1.
+    - Attention maps and masks: area means along the sides that shrink, so that each pixel holds the
+      share of it that is covered; bilinear along the sides that grow.
     """
     height, width = x.shape[-2:]
     if (height, width) == size:
@@ -35,5 +35,5 @@ def resize(
 
 
 def cut(masks: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:
-    """Labels of masks in 0..1: what is more than half covered."""
+    """Turn masks in 0..1 into labels: the pixels that are more than half covered."""
     return masks > 0.5

@@ -1,4 +1,4 @@
-"""How attention maps become masks: settings."""
+"""Settings for how attention maps become masks."""
 
 from dataclasses import dataclass, field
 
@@ -10,19 +10,20 @@ from .thresholds import Threshold
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """How attention maps become masks (VCD, "Mask extraction").
+    """Settings for how attention maps become masks (VCD, "Mask extraction").
 
     Attributes:
-        init_timesteps: UNet passes of the first estimate (VCD: 50).
+        init_timesteps: number of UNet passes of the first estimate (VCD: 50).
         timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
             reads all; late steps see layout, not edges.
-        threshold: tau on the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
-        competition: give each pixel to one concept only.
-        all_layers: average over all layers (VCD) instead of those at or above the loss's resolution.
-        soft: train under the CRF's marginals instead of its labels.
-        crf: DenseCRF settings, or None for no refinement.
-        guards: when a new mask is not believed.
-        acceptance: share of the present mask's contrast (how far its map is higher inside than
+        threshold: tau for the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
+        competition: whether each pixel belongs to one concept only.
+        all_layers: whether to average over all layers (VCD) instead of those at or above the loss's
+            resolution.
+        soft: whether to train under the CRF's marginals instead of its labels.
+        crf: settings of the DenseCRF, or None for no refinement.
+        guards: checks that a new mask has to pass.
+        acceptance: share of the present mask's contrast (how much higher its map is inside than
             outside) that a new mask must reach; 0 takes every mask that the guards believe (VCD).
     """
 

@@ -1,4 +1,4 @@
-"""From attention maps to masks: normalisation, thresholds, competition, guards, resizing."""
+"""Turn attention maps into masks by normalisation, thresholds and competition."""
 
 from typing import Literal
 
@@ -19,9 +19,9 @@ def min_max(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
 
 
 def otsu(maps: Float[Tensor, "k h w"], bins: int = 64) -> Float[Tensor, " k"]:
-    """Otsu's threshold of each map in 0..1: the split with the largest between-class variance.
+    """Return Otsu's threshold for each map in 0..1: the split with the largest between-class variance.
 
-    Candidates are the inner edges of `bins` equal bins (ViCo uses ten).
+    The candidates are the inner edges of `bins` equal bins (ViCo uses ten).
     """
     edges = torch.linspace(0, 1, bins + 1, device=maps.device)[1:-1]
     above = rearrange(maps, "k h w -> k 1 (h w)") > edges[:, None]
@@ -35,19 +35,19 @@ def otsu(maps: Float[Tensor, "k h w"], bins: int = 64) -> Float[Tensor, " k"]:
 
 
 def threshold_maps(maps: Masks, threshold: Threshold) -> Bool[Tensor, "k h w"]:
-    """B = A > tau on maps in 0..1, tau fixed or Otsu's."""
+    """Return B = A > tau for maps A in 0..1, with a fixed tau or Otsu's."""
     if threshold == "otsu":
         return maps > otsu(maps)[:, None, None]
     return maps > threshold
 
 
 def compete(maps: Masks) -> Bool[Tensor, "k h w"]:
-    """Each pixel to the map that claims it most; ties go to the first."""
+    """Give each pixel to the map that is highest there; ties go to the first."""
     winner = maps.argmax(dim=0)
     return winner == torch.arange(len(maps), device=maps.device)[:, None, None]
 
 
 def binarise(maps: Masks, threshold: Threshold, competition: bool = True) -> Bool[Tensor, "k h w"]:
-    """Masks of maps in 0..1; with competition a pixel above several thresholds has one owner."""
+    """Turn maps in 0..1 into masks; with competition, a pixel over several thresholds has one owner."""
     above = threshold_maps(maps, threshold)
     return above & compete(maps.where(above, torch.zeros_like(maps))) if competition else above

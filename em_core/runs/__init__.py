@@ -1,1 +1,1 @@
-"""Whole runs and what lasts of them: concept sets, keys, stores, the runner."""
+"""Whole runs and what remains of them: the runner, concept sets, keys and stores."""

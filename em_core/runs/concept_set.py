@@ -1,4 +1,4 @@
-"""What a run ends with: a value that is saved, loaded and applied to a model by its host."""
+"""The result of a run: a value that can be saved, loaded, and applied to a model by its host."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ class ConceptSet:
     """Learned concepts.
 
     Attributes:
-        concepts: names and the words they started from.
+        concepts: the concepts' names and the words they started from.
         vectors: concept -> encoder -> token vectors [n, d].
-        identity: of the model that they were learned on.
-        weights: `<path>.lora_down`, `.lora_up` or `.diff` tensors; empty where only tokens were learned.
-        lora_scale: alpha / rank.
-        prompts: one per picture.
-        masks: per picture, concept -> mask at the size of training.
+        identity: identity of the model that the concepts were learned on.
+        weights: `<path>.lora_down`, `.lora_up` or `.diff` tensors; empty if only tokens were learned.
+        lora_scale: alpha / rank of the LoRA.
+        prompts: one prompt per picture.
+        masks: per picture, concept -> mask at the training size.
         settings: the run's settings as JSON values.
         curves: name -> [(step, value)].
     """
@@ -54,15 +54,25 @@ class ConceptSet:
         return tuple(concept.name for concept in self.concepts)
 
     def save(self, path: Path | str) -> None:
-        """Write the concept file, whole or not at all."""
-        tensors = {f"vectors/{c}/{e}": v for c, of in self.vectors.items() for e, v in of.items()}
-        tensors |= {f"weights/{name}": w for name, w in self.weights.items()}
+        """Write the concept file, in full or not at all.
+
+        Raises:
+            UserError: the folder cannot be written to, or the disk is full.
+        """
+        tensors = {
+            f"vectors/{name}/{encoder}": v
+            for name, by_encoder in self.vectors.items()
+            for encoder, v in by_encoder.items()
+        }
+        tensors |= {f"weights/{name}": weight for name, weight in self.weights.items()}
         tensors |= {
-            f"masks/{i}/{name}": m for i, of in enumerate(self.masks) for name, m in of.items()
+            f"masks/{number}/{name}": mask
+            for number, masks in enumerate(self.masks)
+            for name, mask in masks.items()
         }
         tensors["model/sample"] = self.identity.sample
         plain = {
-            "concepts": [[c.name, c.words] for c in self.concepts],
+            "concepts": [[concept.name, concept.words] for concept in self.concepts],
             "family": self.identity.family,
             "architecture": self.identity.architecture,
             "encoders": dict(self.identity.encoders),
@@ -78,7 +88,7 @@ class ConceptSet:
         """Read a concept file.
 
         Raises:
-            UserError: no such file, damaged, of another kind, or incomplete.
+            UserError: the file does not exist, is damaged, is of a different kind, or is incomplete.
         """
         tensors, plain = read_tensors(Path(path), KIND)
         try:
@@ -90,10 +100,14 @@ class ConceptSet:
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], plain: dict[str, Any]) -> "ConceptSet":
+        """Build the set from a file's tensors and JSON values; KeyError if any are missing."""
         concepts = tuple(Concept(name, words) for name, words in plain["concepts"])
         encoders = plain["encoders"]
         vectors = {
-            c.name: {e: tensors[f"vectors/{c.name}/{e}"] for e in encoders} for c in concepts
+            concept.name: {
+                encoder: tensors[f"vectors/{concept.name}/{encoder}"] for encoder in encoders
+            }
+            for concept in concepts
         }
         count = len(plain["prompts"])
         return cls(
@@ -105,7 +119,7 @@ class ConceptSet:
             weights=below(tensors, "weights/"),
             lora_scale=plain["lora_scale"],
             prompts=tuple(plain["prompts"]),
-            masks=tuple(below(tensors, f"masks/{i}/") for i in range(count)),
+            masks=tuple(below(tensors, f"masks/{number}/") for number in range(count)),
             settings=plain["settings"],
             curves={
                 name: tuple((step, value) for step, value in points)
@@ -116,8 +130,8 @@ class ConceptSet:
     def require_fit(self, identity: ModelIdentity, *, any_weights: bool = False) -> None:
         """Refuse a model that the concepts do not fit.
 
-        Another architecture never fits. Another model of the same architecture (a fine-tune) is
-        refused too unless `any_weights` is set, which warns instead.
+        A different architecture never fits. A different model of the same architecture (a fine-tune)
+        is refused too, unless `any_weights` is set; then there is only a warning.
 
         Raises:
             UserError: the model does not fit.
@@ -126,16 +140,16 @@ class ConceptSet:
             self.identity.architecture != identity.architecture
         ):
             raise UserError(
-                f"These concepts were learned on a {self.identity.family} model "
-                f"(text width {dict(self.identity.encoders)}), this is a {identity.family} model "
-                f"({dict(identity.encoders)}) of another architecture. Load the model they were learned on."
+                "This model has a different architecture from the one that the concepts were learned on. "
+                f"Expected {self.identity.family} with text encoders of width {dict(self.identity.encoders)}, "
+                f"got {identity.family} with {dict(identity.encoders)}. Load the model they were learned on."
             )
         ours, theirs = self.identity.sample, identity.sample
         if torch.dist(ours, theirs) <= SAME_WEIGHTS * ours.norm():
             return
         message = (
-            "These concepts were learned on another model of the same architecture. Load that model, "
-            "or allow any weights (--any-weights): they often work on a fine-tune of it, less faithfully."
+            "These concepts were learned on a different model of the same architecture. Load that model, or "
+            "allow any weights (--any-weights): they often work on a fine-tune of it, but less faithfully."
         )
         if not any_weights:
             raise UserError(message)
@@ -143,12 +157,16 @@ class ConceptSet:
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    """Return the tensors whose names start with a prefix, under names without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def conclude(problem: Problem, state: RunState) -> ConceptSet:
-    """The concepts as a run's state holds them."""
+    """Return the concepts that a run's state holds."""
     joint = problem.joint
     return ConceptSet(
         concepts=problem.concepts,
@@ -157,12 +175,12 @@ def conclude(problem: Problem, state: RunState) -> ConceptSet:
             for concept, by_encoder in state.vectors.items()
         },
         identity=problem.host.identity(),
-        weights={name: w.cpu() for name, w in learned_weights(problem, state).items()},
+        weights={name: weight.cpu() for name, weight in learned_weights(problem, state).items()},
         lora_scale=joint.alpha / joint.rank if joint.kind == "lora" else 1.0,
-        prompts=tuple(str(p.example.prompt) for p in problem.pictures),
+        prompts=tuple(str(prepared.example.prompt) for prepared in problem.pictures),
         masks=tuple(
-            dict(zip(p.names, s.labels.cpu(), strict=True))
-            for p, s in zip(problem.pictures, state.pictures, strict=True)
+            dict(zip(prepared.names, picture.labels.cpu(), strict=True))
+            for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
         ),
         settings={"em": to_json(problem.settings), "joint": to_json(joint)},
         curves=state.curves,

@@ -1,4 +1,4 @@
-"""Masks without learning: of words or learned concepts in a picture, and refined ones."""
+"""Masks without learning: find words or learned concepts in a picture, and refine masks."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,12 @@ from .concept_set import ConceptSet
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """What was found of k concepts in a picture.
+    """The masks of k concepts that were found in a picture.
 
     Attributes:
-        names: of the concepts, in the prompt's order.
-        masks: [k, H, W] at the picture's size.
-        maps: [k, h, w] the attention maps that the masks were made from, each scaled to 0..1.
+        names: the concepts' names, in the prompt's order.
+        masks: the masks [k, H, W] at the picture's size.
+        maps: the attention maps [k, h, w] that the masks were made from, each scaled to 0..1.
     """
 
     names: tuple[str, ...]
@@ -43,18 +43,18 @@ def find_masks(
     settings: MaskSettings | None = None,
     seed: int = 0,
 ) -> FoundMasks:
-    """Find what the prompt marks: `<name:words>`, or `<name>` of learned concepts.
+    """Find what the prompt marks as `<name:words>`, or as `<name>` for learned concepts.
 
     Args:
         host: the model, such as :class:`em_core.DiffusersHost`.
         picture: [3, H, W], RGB in 0..1.
-        prompt: describes the picture, as in `a photo of <cat:cat> on <sofa:sofa>`.
-        concepts: learned concepts; weights that were learned with them act too.
-        settings: how maps become masks; None: what suits the model's family.
-        seed: of the noise.
+        prompt: a description of the picture, such as `a photo of <cat:cat> on <sofa:sofa>`.
+        concepts: learned concepts; weights that were learned with them are applied too.
+        settings: how maps become masks; None takes the defaults of the model's family.
+        seed: seed of the noise.
 
     Raises:
-        UserError: no concept in the prompt, or one of which nothing is known.
+        UserError: the prompt marks no concept, or one that has no words and was not learned.
     """
     prompt = ConceptPrompt.parse(prompt) if isinstance(prompt, str) else prompt
     example = Example(picture, prompt)
@@ -75,14 +75,14 @@ def find_masks(
 def refine_masks(
     picture: Picture, masks: Shaped[Tensor, "k _h _w"], settings: CRFSettings = CUTLER
 ) -> Bool[Tensor, "k H W"]:
-    """Masks that follow the picture's edges (DenseCRF, Kraehenbuehl and Koltun 2011).
+    """Refine masks to follow the picture's edges (DenseCRF, Kraehenbuehl and Koltun 2011).
 
     Args:
         picture: [3, H, W], RGB in 0..1.
-        masks: of any size, 0..1 or bool.
-        settings: the CRF's numbers; `joint` decides whether masks may overlap.
+        masks: masks of any size, in 0..1 or bool.
+        settings: the CRF's settings; with `joint`, masks cannot overlap.
 
     Raises:
-        UserError: values out of range, or a picture too large for memory.
+        UserError: values are out of range, or the picture is too large for memory.
     """
     return labels(MaskRefiner(picture, settings)(masks), settings.joint)

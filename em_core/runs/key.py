@@ -1,4 +1,4 @@
-"""A hash of all that a run depends on, so that results and states belong to one run alone."""
+"""A hash of everything a run depends on, so that a result or state belongs to one run alone."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from ..settings import EMSettings, JointSettings, to_json
 def run_key(
     model: str, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
 ) -> str:
-    """Hex digest over a digest of the model, the pictures, prompts, masks and settings."""
+    """Return a hex digest of a model's digest and the pictures, prompts, masks and settings."""
     digest = hashlib.sha256(model.encode())
     digest.update(json.dumps([to_json(settings), to_json(joint)], sort_keys=True).encode())
     for example in examples:
@@ -26,6 +26,6 @@ def run_key(
 
 
 def model_digest(identity: ModelIdentity) -> str:
-    """Hex digest of a model's shapes and of the values that its identity samples."""
+    """Return a hex digest of a model's shapes and of the values that its identity samples."""
     sample = identity.sample.cpu().float().numpy().tobytes()
     return hashlib.sha256(identity.architecture.encode() + sample).hexdigest()

@@ -1,4 +1,4 @@
-"""Learning concepts from beginning to end: the library's main entry."""
+"""Learn concepts from beginning to end: the library's main entry point."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,11 +19,11 @@ from .store import RunStore
 
 
 class Learning(Iterator[StepEvent]):
-    """A run that is iterated over: an event per step; `concepts()` gives what it has learned so far.
+    """A run to iterate over: each step yields an event, and `concepts()` returns what was learned so far.
 
     Attributes:
-        problem: what it works on.
-        state: after the latest step.
+        problem: what the run works on.
+        state: the state after the latest step.
     """
 
     def __init__(self, problem: Problem, state: RunState) -> None:
@@ -35,7 +35,7 @@ class Learning(Iterator[StepEvent]):
         return event
 
     def concepts(self) -> ConceptSet:
-        """The concepts as they are now. A joint phase that has not ended is ended by this."""
+        """Return the concepts as they are now. This ends a joint phase that is still running."""
         self._left.close()
         return conclude(self.problem, self.state)
 
@@ -46,7 +46,7 @@ def learning(
     settings: EMSettings | None = None,
     joint: JointSettings | None = None,
 ) -> Learning:
-    """Start to learn the concepts in the examples' prompts; see :func:`learn_concepts`.
+    """Start learning the concepts in the examples' prompts; see :func:`learn_concepts`.
 
     Example:
         run = learning(host, examples)
@@ -75,14 +75,14 @@ def learn_concepts(
     Args:
         host: the model, such as :class:`em_core.DiffusersHost`.
         examples: pictures with their prompts.
-        settings: of the EM loop; None: what suits the model's family.
-        joint: of the phase that learns tokens and weights together; None: none.
+        settings: settings of the EM loop; None takes the defaults of the model's family.
+        joint: settings of the phase that learns tokens and weights together; None skips it.
         listeners: called with the event and the state of every step.
-        store: where a finished run is found again, and a stopped one goes on.
-        key: of the run in the store; None: a hash of the model, the examples and the settings.
+        store: where finished runs are kept for reuse, and stopped ones to be continued.
+        key: key of the run in the store; None takes a hash of the model, the examples and the settings.
 
     Raises:
-        UserError: examples, settings or model that do not go together.
+        UserError: examples, settings and model do not go together.
         TrainingError: a loss is not finite; with a store, the last good step is kept.
     """
     settings = settings or em_settings(host.identity().family)
@@ -106,7 +106,7 @@ def learn_concepts(
 
 
 def state_of(problem: Problem, file: StateFile) -> RunState:
-    """Where a stopped run was left, or the start where there is no such file or it is damaged."""
+    """Load the state of a stopped run, or start anew if there is no such file or it is damaged."""
     if file.exists():
         try:
             return file.load(problem.host.device)

@@ -1,4 +1,4 @@
-"""Drive a run to its end: both phases, listeners, saving, stopping on request."""
+"""Drive a run to its end: both phases, listeners, saving, and stopping on request."""
 
 import signal
 import time
@@ -14,11 +14,11 @@ from .state_file import StateFile
 
 Listener = Callable[[StepEvent, RunState], None]
 SAVE_SECONDS = 20.0
-SAVE_SHARE = 10  # a large state: at most a tenth of the time goes into writing it
+SAVE_SHARE = 10  # at most a tenth of the time is spent on writing a large state
 
 
 def steps(problem: Problem, start: RunState) -> Generator[Step, None, None]:
-    """What is left of both phases, step by step."""
+    """Run what is left of both phases; yields each step's event and state."""
     state = start
     for event, after in learn(problem, start):
         state = after
@@ -27,7 +27,7 @@ def steps(problem: Problem, start: RunState) -> Generator[Step, None, None]:
 
 
 def finished(problem: Problem, state: RunState) -> bool:
-    """Whether nothing is left to do."""
+    """Return whether nothing is left to do."""
     joint = problem.joint
     if joint.kind == "none":
         return state.step >= problem.settings.steps
@@ -41,10 +41,10 @@ def run(
     file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunState:
-    """Run what is left of both phases, or until `stop` asks to end; gives the last state.
+    """Run what is left of both phases, or until `stop` returns True, and return the last state.
 
-    The state goes to `file` every 20 seconds (less often where writing takes long), before the
-    joint phase, and when the run stops for whatever reason: every step is whole or did not happen.
+    The state is saved to `file` every 20 seconds (less often if writing takes long), before the joint
+    phase, and when the run stops for whatever reason: each step happens completely or not at all.
 
     Raises:
         TrainingError: a loss is not finite; the last good state is in `file`.
@@ -66,7 +66,7 @@ def run(
                 file.save(state)
                 saved = time.monotonic()
                 took = saved - now
-    except BaseException:  # an interrupt of ComfyUI is no Exception in its newer versions
+    except BaseException:  # in newer versions, ComfyUI's interrupt is not an Exception
         if file and moved:
             file.save(state)
         raise
@@ -79,7 +79,10 @@ def run(
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or a termination request asks the run to end after its step; a second one ends it at once."""
+    """Provide a `stop` for :func:`run` that Ctrl-C or a termination request sets.
+
+    The first signal asks the run to end after its current step; a second one ends it at once.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

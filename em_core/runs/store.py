@@ -1,4 +1,4 @@
-"""Runs in a folder, found again by their keys; what they take is bounded."""
+"""Runs in a folder of bounded size, found again by their keys."""
 
 import os
 from pathlib import Path
@@ -15,22 +15,22 @@ STATE, CONCEPTS = ".state.safetensors", ".concepts.safetensors"
 class RunStore:
     """Finished runs, and the states of stopped ones, in a folder that may be deleted at any time.
 
-    It holds at most 64 files and 2 GB; the longest unused go first.
+    It holds at most 64 files and 2 GB; the files that have been unused the longest are deleted first.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def state(self, key: str) -> StateFile:
-        """Where the state of an unfinished run is kept."""
+        """Return the file in which the state of an unfinished run is kept."""
         return StateFile(self.folder / f"{key}{STATE}", key)
 
     def concepts_file(self, key: str) -> Path:
-        """Where the result of a finished run is kept."""
+        """Return the path at which the result of a finished run is kept."""
         return self.folder / f"{key}{CONCEPTS}"
 
     def finished(self, key: str) -> ConceptSet | None:
-        """The result of a finished run, or None; a damaged file counts as none."""
+        """Return the result of a finished run, or None; a damaged file is deleted and counts as none."""
         file = self.concepts_file(key)
         if not file.is_file():
             return None
@@ -43,16 +43,16 @@ class RunStore:
         return found
 
     def keep(self, key: str, concepts: ConceptSet) -> None:
-        """Store a finished run in place of its state."""
+        """Store the result of a finished run, and delete its state."""
         file = self.concepts_file(key)
         concepts.save(file)
         self.state(key).remove()
         self.prune(keep=file)
 
     def prune(self, keep: Path) -> None:
-        """Delete the longest unused files, all but `keep`, until the bounds hold."""
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
-        total, count = sum(f.stat().st_size for f in files), len(files)
+        """Delete the files that have been unused the longest, except `keep`, until the bounds hold."""
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        total, count = sum(file.stat().st_size for file in files), len(files)
         for file in files:
             if total <= MOST_BYTES and count <= MOST_FILES:
                 return

@@ -1,1 +1,1 @@
-"""What a run shows: pictures, plots, metrics."""
+"""What a run shows of itself: pictures, plots and metrics."""

@@ -22,10 +22,10 @@ COLOURS = (
 def overlay(
     picture: Float[Tensor, "3 H W"], masks: Bool[Tensor, "k H W"], scale: int = 1
 ) -> Image.Image:
-    """The picture dimmed, with each mask tinted in its own colour and outlined."""
+    """Dim the picture, then tint and outline each mask in its own colour."""
     shown = picture.detach().cpu() * 0.55
-    for i, mask in enumerate(masks.cpu()):
-        colour = torch.tensor(COLOURS[i % len(COLOURS)])[:, None] / 255
+    for index, mask in enumerate(masks.cpu()):
+        colour = torch.tensor(COLOURS[index % len(COLOURS)])[:, None] / 255
         shown[:, mask] = 0.6 * picture.detach().cpu()[:, mask] + 0.4 * colour
         shown[:, outline(mask)] = colour
     image = to_image(shown)
@@ -33,7 +33,7 @@ def overlay(
 
 
 def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
-    """Pixels of the mask that touch its outside."""
+    """Return the pixels of the mask that touch its outside."""
     padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
     inner = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)[0, 0] > 0.5
     return mask & ~inner
@@ -42,17 +42,17 @@ def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
 def sheet(
     rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 160
 ) -> Image.Image:
-    """A labelled grid of images: one row per entry, titles over the columns."""
+    """Lay images out in a labelled grid: one row per entry, with titles over the columns."""
     label = 7 * max((len(title) for title in rows), default=0) + 14
     count = max(len(images) for images in rows.values())
     canvas = Image.new("RGB", (label + count * (side + 4), 22 + len(rows) * (side + 4)), "white")
     pen = ImageDraw.Draw(canvas)
-    for j, title in enumerate(columns):
-        pen.text((label + j * (side + 4) + 2, 5), title, fill="black")
-    for i, (title, images) in enumerate(rows.items()):
-        top = 22 + i * (side + 4)
+    for column, title in enumerate(columns):
+        pen.text((label + column * (side + 4) + 2, 5), title, fill="black")
+    for row, (title, images) in enumerate(rows.items()):
+        top = 22 + row * (side + 4)
         pen.text((6, top + side // 2 - 6), title, fill="black")
-        for j, image in enumerate(images):
+        for column, image in enumerate(images):
             fit = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.NEAREST)
-            canvas.paste(fit, (label + j * (side + 4), top))
+            canvas.paste(fit, (label + column * (side + 4), top))
     return canvas

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.json."""
+"""What a run reports in metrics.json."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..method.state import Curves, RunState
 
 
 def curves_of(curves: Curves, kind: str) -> dict[str, tuple[tuple[int, float], ...]]:
-    """The curves named `<kind>/<name>`, by name."""
+    """Return the curves that are named `<kind>/<name>`, by name."""
     prefix = kind + "/"
     return {
         name.removeprefix(prefix): points
@@ -17,13 +17,13 @@ def curves_of(curves: Curves, kind: str) -> dict[str, tuple[tuple[int, float], .
 
 
 def final_iou(curves: Curves) -> float | None:
-    """Mean over the concepts of their last IoU; None without true masks."""
+    """Return the mean of the concepts' last IoU, or None without true masks."""
     last = [points[-1][1] for points in curves_of(curves, "iou").values()]
     return sum(last) / len(last) if last else None
 
 
 def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]:
-    """The content of metrics.json; `iou` and `final_iou` are None without true masks."""
+    """Return the content of metrics.json; `iou` and `final_iou` are None without true masks."""
     curves = state.curves
     found = curves_of(curves, "loss")
     joint = curves_of(curves, "joint_loss")

@@ -1,4 +1,4 @@
-"""Plots of a run's curves. They need matplotlib, which is an extra."""
+"""Plots of a run's curves; they need matplotlib, which is an optional extra."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,28 +20,30 @@ SMOOTHING = 15
 
 
 def load_matplotlib() -> tuple[Any, Any]:
-    """matplotlib's Figure and its canvas without a window.
+    """Return matplotlib's Figure and its canvas for drawing without a window.
 
     Raises:
-        UserError: it is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("This needs matplotlib. Install it: pip install matplotlib") from error
+        raise UserError("Plots need matplotlib. Install it: pip install matplotlib") from error
     return Figure, FigureCanvasAgg
 
 
 def plot_curves(curves: Curves, path: Path) -> None:
-    """Write a PNG with one panel each for IoU, areas and losses, as far as there are any.
+    """Write a PNG with one panel each for IoU, areas and losses, leaving out those without curves.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
     Figure, FigureCanvasAgg = load_matplotlib()
     panels = [
-        (kind, title) for kind, title in PANELS if any(n.startswith(kind + "/") for n in curves)
+        (kind, title)
+        for kind, title in PANELS
+        if any(name.startswith(kind + "/") for name in curves)
     ]
     figure = Figure(figsize=(5.2 * max(1, len(panels)), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -53,8 +55,8 @@ def plot_curves(curves: Curves, path: Path) -> None:
 
 
 def draw_panel(axis: Any, curves: Curves, kind: str, title: str) -> None:
-    """One panel: every curve of a kind, losses smoothed over their noisy points."""
-    for name in sorted(n for n in curves if n.startswith(kind + "/")):
+    """Draw one panel with every curve of a kind; losses are smoothed over their noisy points."""
+    for name in sorted(name for name in curves if name.startswith(kind + "/")):
         steps, values = zip(*curves[name], strict=True)
         label = name.partition("/")[2]
         if kind.endswith("loss"):
@@ -70,9 +72,9 @@ def draw_panel(axis: Any, curves: Curves, kind: str, title: str) -> None:
 
 
 def running_mean(values: Sequence[float], width: int = SMOOTHING) -> list[float]:
-    """Mean of each value and up to `width` - 1 before it."""
+    """Average each value with up to `width` - 1 values before it."""
     total = np.cumsum(np.concatenate([[0.0], values]))
     return [
-        (total[i + 1] - total[max(0, i + 1 - width)]) / min(width, i + 1)
-        for i in range(len(values))
+        (total[end] - total[max(0, end - width)]) / min(width, end)
+        for end in range(1, len(values) + 1)
     ]

@@ -139,7 +139,9 @@ def save_mode(mode: str):
     return save
 
 
-@pytest.mark.parametrize(("make", "says"), [(one_pixel, "at least 8x8"), (no_image, "no picture")])
+@pytest.mark.parametrize(
+    ("make", "says"), [(one_pixel, "at least 8x8"), (no_image, "not a readable picture")]
+)
 def test_bad_images(tmp_path: Path, capsys, make, says: str) -> None:
     image, out = spoil_image(tmp_path, make), tmp_path / "out"
     assert (
@@ -217,10 +219,10 @@ def of_another_model(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (cut_short, "no whole safetensors file"),
+        (cut_short, "not a complete safetensors file"),
         (with_nan, "not finite"),
-        (a_pickle, "no whole safetensors file"),
-        (of_another_model, "learned on another model"),
+        (a_pickle, "not a complete safetensors file"),
+        (of_another_model, "learned on a different model"),
     ],
 )
 def test_bad_concept_files(learned: Path, tmp_path: Path, capsys, spoil, says: str) -> None:
@@ -254,7 +256,7 @@ def test_ctrl_c_saves_and_resume_ends_the_same(scene: Path, tmp_path: Path, caps
     assert (tmp_path / "cut" / "state.safetensors").is_file()
     assert not (tmp_path / "cut" / "concepts.safetensors").exists()
     assert main(learn(scene, tmp_path / "cut", "--steps", "60")) == 2
-    assert "Go on with it with --resume" in capsys.readouterr().err
+    assert "Continue it with --resume" in capsys.readouterr().err
     subprocess.run([*command, "--resume"], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert main(learn(scene, tmp_path / "whole", "--steps", "60")) == 0
     a, b = (load_file(tmp_path / f / "concepts.safetensors") for f in ("cut", "whole"))
@@ -293,7 +295,7 @@ def test_numbers_that_must_be_positive(capsys, option: list[str], number: str) -
     command, name = option
     with pytest.raises(SystemExit) as done:
         main([command, name, number])
-    assert done.value.code == 2 and "expected a whole number over 0" in capsys.readouterr().err
+    assert done.value.code == 2 and "a whole number greater than 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "scene", "learn", "masks", "generate", "refine"])

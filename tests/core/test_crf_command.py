@@ -91,7 +91,7 @@ def test_backends_agree(scene: Path) -> None:
         (("mask_red.png",), ("--iterations", "-1"), "iterations"),
         (("mask_red.png",), ("--working-size", "0"), "working_size"),
         (("mask_red.png",), ("--device", "nowhere"), "No device 'nowhere'"),
-        (("broken.png",), (), "no picture"),
+        (("broken.png",), (), "not a readable picture"),
     ),
 )
 def test_bad_input_writes_nothing(

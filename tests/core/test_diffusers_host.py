@@ -285,7 +285,7 @@ def test_no_word_slips_through(host: DiffusersHost, words: str) -> None:
 @pytest.mark.parametrize("change", [{"in_channels": 9}, {"cross_attention_dim": 2048}])
 def test_inpainting_models_and_other_kinds_are_refused(host: DiffusersHost, change: dict) -> None:
     unet = SimpleNamespace(config=SimpleNamespace(**{**host.unet.config, **change}))
-    with pytest.raises(UserError, match="no plain Stable Diffusion"):
+    with pytest.raises(UserError, match="not a plain Stable Diffusion"):
         require_plain_model(unet, host.text_encoder)
 
 

@@ -97,8 +97,8 @@ def make_nan(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (truncate, "no whole safetensors file"),
-        (make_pickle, "no whole safetensors file"),
+        (truncate, "not a complete safetensors file"),
+        (make_pickle, "not a complete safetensors file"),
         (make_other_kind, "is a kind 2 file"),
         (make_foreign, "some other safetensors file"),
         (make_nan, "not finite in a"),

@@ -119,7 +119,7 @@ def test_masks_are_written_at_the_pictures_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])
 def test_what_is_no_picture(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UserError, match="no picture that can be read"):
+    with pytest.raises(UserError, match="not a readable picture"):
         read_picture(tmp_path / "x.png")
 
 
@@ -129,7 +129,7 @@ def test_a_truncated_picture(tmp_path: Path) -> None:
     )
     whole = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="no picture that can be read"):
+    with pytest.raises(UserError, match="not a readable picture"):
         read_picture(tmp_path / "x.png")
 
 

@@ -127,13 +127,13 @@ def test_concepts_fit_their_own_model_in_any_number_type(dtype: torch.dtype) -> 
 
 def test_another_architecture_never_fits() -> None:
     for other in (replace(IDENTITY, architecture="x"), replace(IDENTITY, encoders={"clip_l": 8})):
-        with pytest.raises(UserError, match="another architecture"):
+        with pytest.raises(UserError, match="different architecture"):
             concept_set().require_fit(other, any_weights=True)
 
 
 def test_a_fine_tune_fits_on_request() -> None:
     tuned = replace(IDENTITY, sample=IDENTITY.sample * 1.1)
-    with pytest.raises(UserError, match="learned on another model"):
+    with pytest.raises(UserError, match="learned on a different model"):
         concept_set().require_fit(tuned)
     with pytest.warns(UserWarning, match="less faithfully"):
         concept_set().require_fit(tuned, any_weights=True)

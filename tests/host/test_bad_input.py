@@ -128,5 +128,5 @@ def test_damaged_concept_file(server: Server) -> None:
     file.write_bytes(b"\x80\x04pickle")
     b = Builder()
     b.add("TestDump", value=b.add("LoadConcepts", name="broken.safetensors"), name="x")
-    with pytest.raises(Failed, match="no whole safetensors file"):
+    with pytest.raises(Failed, match="not a complete safetensors file"):
         server.run(b.graph)
