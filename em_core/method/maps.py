@@ -72,6 +72,9 @@ def average_maps(
 ) -> Float[Tensor, "k h w"]:
     """Mean attention maps over `passes` noisy versions of one picture (VCD: 50 random timesteps).
 
+    Times and noise are drawn for all passes at once, each time from a part of its own of the
+    schedule, so that the result does not depend on how many passes go through the model together.
+
     Raises:
         TrainingError: the model's attention is not finite.
     """
@@ -79,10 +82,11 @@ def average_maps(
         raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
     wanted = mask_layers(prepared.layers, settings.all_layers)
     size, k = finest_size(prepared.layers), len(prepared.names)
+    t = host.schedule.draw_times(passes, generator, *settings.timesteps).to(host.device)
+    eps = like_noise(prepared.Z0, passes, generator)
     total = torch.zeros(k, *size, device=prepared.Z0.device)
-    for start in range(0, passes, batch):
-        count = min(batch, passes - start)
-        maps = noisy_maps(host, prepared, conditioning, wanted, count, settings, generator)
+    for times, noise in zip(t.split(batch), eps.split(batch), strict=True):
+        maps = noisy_maps(host, prepared, conditioning, wanted, times, noise)
         total = total + mean_maps(maps, wanted, size)[:, :k].sum(dim=0)
     if not torch.isfinite(total).all():
         raise TrainingError(
@@ -96,16 +100,12 @@ def noisy_maps(
     prepared: Prepared,
     conditioning: Conditioning,
     wanted: Sequence[str],
-    count: int,
-    settings: MaskSettings,
-    generator: torch.Generator,
+    t: Float[Tensor, " b"],
+    eps: Float[Tensor, "b c h w"],
 ) -> AttentionMaps:
-    """Maps of one batch of `count` noisy latents."""
-    Z0 = prepared.Z0
-    t = host.schedule.draw_times(count, generator, *settings.timesteps).to(host.device)
-    eps = like_noise(Z0, count, generator)
-    Z_t = host.schedule.add_noise(Z0.expand_as(eps), eps, t)
-    repeated = conditioning.rows([0] * count)
+    """Maps of one batch of noisy latents under one prompt."""
+    Z_t = host.schedule.add_noise(prepared.Z0.expand_as(eps), eps, t)
+    repeated = conditioning.rows([0] * len(t))
     layers = [layer for layer in prepared.layers if layer.name in wanted]
     recorder = recorder_for(repeated, prepared.names, layers, host.device)
     with host.record_attention(recorder):

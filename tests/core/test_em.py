@@ -201,18 +201,21 @@ def test_free_statistics_are_the_maps_of_the_m_step(
     assert torch.equal(state.pictures[0].pending_count, count)
 
 
-def test_average_maps_of_one_seed_are_equal(host: DiffusersHost, example: Example, short) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+def test_average_maps_does_not_depend_on_the_batch(
+    host: DiffusersHost, example: Example, short: EMSettings, batch: int
+) -> None:
+    """Seven passes, together or by parts: the same times, the same noise, the same mean."""
     problem = prepare(host, [example], short)
-    prepared, state = problem.pictures[0], initialise(problem)
-    conditioning = host.encode_prompts([example.prompt], state.vectors)
+    prepared = problem.pictures[0]
     assert finest_size(prepared.layers) == (16, 16)
-    once = [
-        average_maps(
-            host, prepared, conditioning, short.masks, 1, seeded(s), batch=1
-        )
-        for s in (0, 0)
-    ]  # fmt: skip
-    assert torch.equal(*once)
+    vectors = start_vectors(problem, seeded(3))
+    conditioning = host.encode_prompts([example.prompt], vectors)
+    found = [
+        average_maps(host, prepared, conditioning, short.masks, 7, seeded(0), batch=size)
+        for size in (batch, 100)
+    ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_literal_loop_estimates_after_every_step(
