@@ -346,6 +346,17 @@ def test_what_is_no_hub_name_is_never_looked_up(loads: list, name: str) -> None:
     assert not loads
 
 
+def test_a_file_is_no_hub_name(
+    loads: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "model").write_bytes(b"nothing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="No model at"):
+        DiffusersHost.load("owner/model")
+    assert not loads
+
+
 class Trap:
     """An object whose pickle makes a file where it is opened."""
 

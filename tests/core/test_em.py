@@ -234,6 +234,15 @@ def test_union_sampling_draws_every_ordered_subset(short: EMSettings) -> None:
     assert draw_subset(("a", "b", "c"), replace(short, union_sampling=False), g) == ("a", "b", "c")
 
 
+def test_every_step_draws_anew(host: DiffusersHost, example: Example, short: EMSettings) -> None:
+    """No two states of a run go on with the same randomness, in neither phase."""
+    settings = replace(short, steps=4, e_step_every=2, masks=replace(short.masks, init_timesteps=4))
+    problem = prepare(host, [example], settings, replace(JOINT, kind="lora", steps=3))
+    _, states = history(problem, initialise(problem))
+    states += [state for _, state in learn_joint(problem, states[-1])]
+    assert len({bytes(state.generator.tolist()) for state in states}) == len(states) == 1 + 4 + 3
+
+
 def test_flipped_samples_see_the_mirrored_picture(
     host: DiffusersHost, example: Example, short: EMSettings
 ) -> None:
