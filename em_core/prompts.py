@@ -1,4 +1,4 @@
-"""Concepts and the prompts they stand in: `a photo of <rex:dog> and <doll:old doll> on grass`."""
+"""Concepts and the prompts that contain them: `a photo of <rex:dog> and <doll:old doll> on grass`."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +95,8 @@ class ConceptPrompt:
         """Return `a photo of <a> and <b>` with the named concepts (Break-a-Scene's union sampling)."""
         by_name = {concept.name: concept for concept in self.concepts}
         parts: list[str | Concept] = []
-        for i, name in enumerate(names):
-            parts += ["a photo of " if i == 0 else " and ", by_name[name]]
+        for index, name in enumerate(names):
+            parts += ["a photo of " if index == 0 else " and ", by_name[name]]
         return ConceptPrompt(tuple(parts))
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
         UserError: two prompts give the same concept different initial words.
     """
     merged: dict[str, Concept] = {}
-    for concept in (c for prompt in prompts for c in prompt.concepts):
+    for concept in (concept for prompt in prompts for concept in prompt.concepts):
         known = merged.setdefault(concept.name, concept)
         if known.words and concept.words and known.words != concept.words:
             raise UserError(

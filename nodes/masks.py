@@ -196,7 +196,7 @@ def compare(mask: Any, reference: Any) -> tuple[str, float, Tensor]:
     cut = labels_of(found, (truth.shape[-2], truth.shape[-1]))
     values = iou(cut, truth_labels).tolist()
     mean = sum(values) / len(values)
-    lines = [f"{i}: {value:.3f}" for i, value in enumerate(values, start=1)]
+    lines = [f"{number}: {value:.3f}" for number, value in enumerate(values, start=1)]
     return "\n".join([*lines, f"mean: {mean:.3f}"]), mean, difference_pictures(cut, truth_labels)
 
 

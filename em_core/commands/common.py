@@ -128,13 +128,13 @@ def read_examples(
     for what, items in (("prompts", prompts), ("mask folders", masks), ("truth folders", truths)):
         if items and len(items) != len(images):
             raise UserError(
-                f"Bad number of {what}. Expected {len(images)}, one per picture, got {len(items)}."
+                f"Bad number of {what}. Expected {len(images)} (one per picture), got {len(items)}."
             )
     examples = []
-    for i, (image, text) in enumerate(zip(images, prompts, strict=True)):
+    for index, (image, text) in enumerate(zip(images, prompts, strict=True)):
         prompt = ConceptPrompt.parse(text).require_concepts()
-        given = read_masks(masks[i], prompt.names, all_needed=True) if masks else {}
-        truth = read_masks(truths[i], prompt.names, all_needed=False) if truths else {}
+        given = read_masks(masks[index], prompt.names, all_needed=True) if masks else {}
+        truth = read_masks(truths[index], prompt.names, all_needed=False) if truths else {}
         examples.append(Example(read_picture(image), prompt, given, truth))
     return examples
 

@@ -115,7 +115,7 @@ def require_plain_model(unet: Any, text_encoder: Any) -> None:
     """Refuse a UNet that takes more than noise, a timestep and one text encoder's output.
 
     Raises:
-        UserError: the model is an inpainting model, SDXL, or of another kind.
+        UserError: the model is an inpainting model, SDXL, or of a different kind.
     """
     channels, width = unet.config.in_channels, unet.config.cross_attention_dim
     text = text_encoder.get_input_embeddings().weight.shape[1]

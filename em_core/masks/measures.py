@@ -6,10 +6,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def iou(a: Bool[Tensor, "*b h w"], b: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
+def iou(first: Bool[Tensor, "*b h w"], second: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
     """Return the intersection over union of each pair of masks; for two empty masks it is 1."""
-    both = (a & b).flatten(-2).sum(dim=-1).float()
-    either = (a | b).flatten(-2).sum(dim=-1).float()
+    both = (first & second).flatten(-2).sum(dim=-1).float()
+    either = (first | second).flatten(-2).sum(dim=-1).float()
     return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(either))
 
 

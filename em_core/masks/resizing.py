@@ -11,7 +11,7 @@ Size = tuple[int, int]
 
 
 def resize(
-    x: Float[Tensor, "*b _h _w"], size: Size, what: Literal["picture", "map", "mask"]
+    image: Float[Tensor, "*b _h _w"], size: Size, what: Literal["picture", "map", "mask"]
 ) -> Float[Tensor, "*b h w"]:
     """Resize an image by the rule for its kind; one of the right size is returned as it is.
 
@@ -19,10 +19,10 @@ def resize(
     - Attention maps and masks: area means along the sides that shrink, so that each pixel holds the
       share of it that is covered; bilinear along the sides that grow.
     """
-    height, width = x.shape[-2:]
+    height, width = image.shape[-2:]
     if (height, width) == size:
-        return x
-    flat = x.reshape(1, -1, height, width)
+        return image
+    flat = image.reshape(1, -1, height, width)
     if what == "picture":
         flat = F.interpolate(flat, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     else:
@@ -31,7 +31,7 @@ def resize(
             flat = F.interpolate(flat, size=smaller, mode="area")
         if smaller != size:
             flat = F.interpolate(flat, size=size, mode="bilinear")
-    return flat.reshape(*x.shape[:-2], *size)
+    return flat.reshape(*image.shape[:-2], *size)
 
 
 def cut(masks: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:

@@ -18,7 +18,7 @@ TENSOR = "$tensor"  # no name of a concept, encoder or curve starts with "$"
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where a run's state is kept, so that a stopped run can go on.
+    """Where a run's state is kept, so that a stopped run can be continued.
 
     Attributes:
         path: path of the file.
@@ -54,7 +54,7 @@ class StateFile:
                 f"{self.path} belongs to a run with other pictures, prompts or settings, or a different model. "
                 "Resume with the same inputs, or start a new run in another folder."
             )
-        moved = {name: x.to(device) for name, x in tensors.items()}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
             values = unflatten(plain["state"], moved)
             pictures = tuple(PictureState(**picture) for picture in values.pop("pictures"))

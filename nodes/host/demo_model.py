@@ -109,7 +109,7 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
             "model_channels": widths[0],
             "channel_mult": [width // widths[0] for width in widths],
             "num_res_blocks": config["layers_per_block"],
-            "attention_resolutions": [2**i for i in range(len(widths))],
+            "attention_resolutions": [2**level for level in range(len(widths))],
             "transformer_depth": 1,
             "use_spatial_transformer": True,
             "use_linear_in_transformer": config["use_linear_projection"],

@@ -54,7 +54,7 @@ def text_encoders(clip: Any) -> dict[str, SDClipModel]:
         if isinstance(part, SDClipModel)
     }
     known = tuple(name for name in ("clip_l", "clip_h", "clip_g") if name in parts)
-    tokenized = all(isinstance(getattr(clip.tokenizer, n, None), SDTokenizer) for n in known)
+    tokenized = all(isinstance(getattr(clip.tokenizer, name, None), SDTokenizer) for name in known)
     if known not in NAMES or len(parts) != len(known) or not tokenized:
         raise UserError(
             f"This CLIP is not supported. Expected the text encoders of {SUPPORTED}, got "
