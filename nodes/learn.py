@@ -167,8 +167,8 @@ def main_inputs() -> list[Any]:
             "mode",
             options=["em", "fixed", "given", "none"],
             default="em",
-            tooltip="Where the masks come from. em: found and improved while learning. fixed: found once at "
-            "the start. given: taken from the examples. none: no masks (plain textual inversion).",
+            tooltip="Where the masks come from. em: found at the start and updated while learning. fixed: found "
+            "once at the start. given: taken from the examples. none: no masks (plain textual inversion).",
         ),
         io.Int.Input(
             "steps",
@@ -189,9 +189,9 @@ def main_inputs() -> list[Any]:
             "joint",
             options=["none", "lora", "cross_attention", "full"],
             default="none",
-            tooltip="What else to train, together with the tokens, once they are learned. none: tokens only "
-            "(smallest). lora: a LoRA. cross_attention: the weights through which the picture reads the prompt "
-            "(keys and values of cross-attention). full: all weights.",
+            tooltip="Whether to go on and train the model too (the joint phase). none: tokens only, the smallest "
+            "result. lora: a LoRA. cross_attention: only the weights that link the picture to the prompt (keys "
+            "and values of cross-attention). full: all weights.",
         ),
         io.Combo.Input(
             "memory",
