@@ -57,7 +57,7 @@ def by_scene(runs: Runs) -> Scenes:
     values: dict[int, list[float]] = defaultdict(list)
     for (scene, _), value in runs.items():
         values[scene].append(value)
-    return {scene: float(np.mean(of)) for scene, of in values.items()}
+    return {scene: float(np.mean(found)) for scene, found in values.items()}
 
 
 def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -66,7 +66,7 @@ def curves_by_scene(rows: list[dict[str, Any]]) -> np.ndarray:
     for row in rows:
         if row["arm"] == "em":
             curves[row["scene"]].append(row["curve"])
-    return np.array([np.mean(of, axis=0) for of in curves.values()])
+    return np.array([np.mean(rows, axis=0) for rows in curves.values()])
 
 
 def paired(a: Runs, b: Runs) -> tuple[float, float]:

@@ -63,10 +63,10 @@ class AttentionRecorder:
         """
         if not self.wants(layer):
             return
-        of = self.layers[layer]
+        described = self.layers[layer]
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            maps = column_probabilities(q, k, self.select[of.stream], heads, others)
-            height, _ = size_of_map(q.shape[1], of.size)
+            maps = column_probabilities(q, k, self.select[described.stream], heads, others)
+            height, _ = size_of_map(q.shape[1], described.size)
             self.maps[layer] = rearrange(maps, "b k (h w) -> b k h w", h=height)
 
 
