@@ -161,7 +161,7 @@ class DiffusersHost:
                 continue
             if part.name not in vectors:
                 raise UserError(
-                    f"Concept {part.name} has not been learned. Known: {', '.join(vectors)}."
+                    f"Concept {part.name} has not been learned. Known: {', '.join(vectors) or 'none'}."
                 )
             count = len(vectors[part.name][self.encoder])
             columns[part.name] = tuple(range(len(ids), len(ids) + count))

@@ -28,7 +28,7 @@ from ...em_core.settings import WeightKind
 from ..exports import loadable
 from .attention import attention_layers, block_levels, record_attention
 from .copies import private_copies
-from .families import GraphModels, noise_schedule, prediction
+from .families import GraphModels, noise_schedule
 from .text import (
     find_columns,
     keep_saved,
@@ -61,7 +61,9 @@ class ComfyHost:
         self.model, self.clip, self.vae = models.model, models.clip, models.vae
         self.unet = self.model.model.diffusion_model
         self.device = torch.device(self.model.load_device)
-        self.schedule: NoiseSchedule = noise_schedule(self.model)
+        schedule = noise_schedule(self.model)
+        self.schedule: NoiseSchedule = schedule
+        self.prediction = schedule.prediction
         self.image_side = models.image_side
         deepest = max(block_levels(self.unet).values())
         self.image_multiple = models.factor * 2**deepest
@@ -137,7 +139,7 @@ class ComfyHost:
         root = (wide**2 + 1).sqrt()
         x = Z_t.float() * root
         x_0 = self.apply(x, sigma, conditioning).float()
-        if prediction(self.model) == "epsilon":
+        if self.prediction == "epsilon":
             return (x - x_0) / wide
         return (x / root**2 - x_0) * root / wide
 
@@ -309,7 +311,7 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
     missing = [name for name in prompt.names if name not in vectors]
     if missing:
         raise UserError(
-            f"Concept {', '.join(missing)} has not been learned. Known: {', '.join(vectors)}."
+            f"Concept {', '.join(missing)} has not been learned. Known: {', '.join(vectors) or 'none'}."
         )
     return "".join(part if isinstance(part, str) else f"<{part.name}>" for part in prompt.parts)
 

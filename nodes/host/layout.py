@@ -33,10 +33,10 @@ class Columns:
     """The positions of the concepts' vectors, the same for every sample of a conditioning.
 
     Attributes:
-        of: pairs of a concept and the positions of its vectors.
+        positions: pairs of a concept and the positions of its vectors.
     """
 
-    of: tuple[tuple[str, tuple[int, ...]], ...]
+    positions: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
@@ -115,7 +115,7 @@ def shut_off(
 ) -> Float[Tensor, "q t"]:
     """Return what is added to the logits: a large negative number outside a concept's mask."""
     bias = torch.zeros(size[0] * size[1], tokens)
-    for name, positions in note.of:
+    for name, positions in note.positions:
         if name in masks:
             small = resize(masks[name].float().cpu(), size, "mask")
             outside = rearrange(small, "h w -> (h w)") < 0.5
