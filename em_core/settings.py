@@ -4,6 +4,7 @@ Where our defaults differ from the papers', the papers' values are given. VCD is
 arXiv 2402.11487; Break-a-Scene is Avrahami et al. 2023; ViCo is Hao et al. 2023, arXiv 2306.00971.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -164,7 +165,8 @@ def is_rate(value: float) -> bool:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """Convert a settings dataclass to plain JSON values."""
-    return asdict(settings)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return plain
 
 
 def from_json(kind: type[T], values: Mapping[str, Any]) -> T:

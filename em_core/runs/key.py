@@ -18,10 +18,13 @@ def run_key(
     digest = hashlib.sha256(model.encode())
     digest.update(json.dumps([to_json(settings), to_json(joint)], sort_keys=True).encode())
     for example in examples:
-        digest.update(str(example.prompt).encode())
+        digest.update(f"prompt {example.prompt} picture {tuple(example.picture.shape)}".encode())
         digest.update(np.ascontiguousarray(example.picture.cpu().float().numpy()).tobytes())
-        for name, mask in (*sorted(example.masks.items()), *sorted(example.truth.items())):
-            digest.update(name.encode() + np.packbits(mask.cpu().numpy()).tobytes())
+        for kind, masks in (("mask", example.masks), ("truth", example.truth)):
+            for name, mask in sorted(masks.items()):
+                digest.update(
+                    f"{kind} {name} ".encode() + np.packbits(mask.cpu().numpy()).tobytes()
+                )
     return digest.hexdigest()
 
 

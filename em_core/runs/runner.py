@@ -49,11 +49,10 @@ def run(
     Raises:
         TrainingError: a loss is not finite; the last good state is in `file`.
     """
-    saved, took, moved = time.monotonic(), 0.0, False
+    saved, took = time.monotonic(), 0.0
     left = steps(problem, state)
     try:
         for event, state in left:
-            moved = True
             for listen in listeners:
                 listen(event, state)
             if stop():
@@ -66,8 +65,10 @@ def run(
                 file.save(state)
                 saved = time.monotonic()
                 took = saved - now
+    except KeyboardInterrupt:
+        raise  # it may come in the middle of the optimizer's step: what was saved before stays
     except BaseException:  # in newer versions, ComfyUI's interrupt is not an Exception
-        if file and moved:
+        if file:
             file.save(state)
         raise
     finally:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..files import read_tensors, write_tensors
 from ..method.state import PictureState, RunState
 
 KIND = "visual-concepts run state 2"
+Value = TypeVar("Value")
 TENSOR = "$tensor"  # no name of a concept, encoder or curve starts with "$"
 
 
@@ -57,8 +58,8 @@ class StateFile:
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
             values = unflatten(plain["state"], moved)
-            pictures = tuple(PictureState(**picture) for picture in values.pop("pictures"))
-            return RunState(pictures=pictures, **values)
+            pictures = tuple(whole(PictureState, picture) for picture in values.pop("pictures"))
+            return whole(RunState, values | {"pictures": pictures})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path} does not hold the whole state of a run ({error!r}). It is "
@@ -81,6 +82,18 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return [flatten(part, f"{path}/{index}", tensors) for index, part in enumerate(value)]
     return value
+
+
+def whole(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """Build a dataclass from exactly its fields.
+
+    Raises:
+        KeyError: a field is missing, or there is one that the dataclass does not have.
+    """
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if names != set(values):
+        raise KeyError(*sorted(names ^ set(values)))
+    return kind(**values)
 
 
 def unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,6 +1,7 @@
 """Runs in a folder of bounded size, found again by their keys."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -50,12 +51,19 @@ class RunStore:
         self.prune(keep=file)
 
     def prune(self, keep: Path) -> None:
-        """Delete the files that have been unused the longest, except `keep`, until the bounds hold."""
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-        total, count = sum(file.stat().st_size for file in files), len(files)
-        for file in files:
+        """Delete the files that have been unused the longest, except `keep`, until the bounds hold.
+
+        Files that are just being written, and those that another process has removed, do not count.
+        """
+        found: list[tuple[float, int, Path]] = []
+        for file in self.folder.glob("[!.]*.safetensors"):
+            with suppress(FileNotFoundError):
+                status = file.stat()
+                found.append((status.st_mtime, status.st_size, file))
+        total, count = sum(size for _, size, _ in found), len(found)
+        for _, size, file in sorted(found):
             if total <= MOST_BYTES and count <= MOST_FILES:
                 return
             if file != keep:
-                total, count = total - file.stat().st_size, count - 1
+                total, count = total - size, count - 1
                 file.unlink(missing_ok=True)

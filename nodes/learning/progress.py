@@ -1,5 +1,6 @@
 """Progress and a live preview of the masks on the node."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ class NodeProgress:
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
         """Show an event, and raise ComfyUI's interrupt if the user asked to stop."""
+        if event.phase == "start":
+            logging.info("Learning has begun: the first masks are there.")
         done = event.step + (self.em.steps if event.phase == "joint" else 0)
         self.bar.update_absolute(done, self.total, self.preview(state))
         mm.throw_exception_if_processing_interrupted()

@@ -102,12 +102,12 @@ def test_lora_before_learning_counts(server: Server) -> None:
     assert server.dumped("first")["x/loss/0"] != server.dumped("second")["x/loss/0"]
 
 
-def queue_and_wait_for_learning(server: Server, p: Parts) -> str:
-    """The id of a queued prompt whose LearnConcepts has begun its work."""
+def queue_and_wait_for(server: Server, p: Parts, words: str) -> str:
+    """The id of a queued prompt, once the log has these words of it."""
     told = len(server.log_text())
     prompt = server.queue(p.b.graph)
-    deadline = time.monotonic() + 60
-    while "Learning concepts" not in server.log_text()[told:] and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while words not in server.log_text()[told:] and time.monotonic() < deadline:
         time.sleep(0.1)
     return prompt
 
@@ -119,8 +119,8 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     p.b.add("SaveConcepts", concepts=p.learn, name="stopped", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
-    prompt = queue_and_wait_for_learning(server, p)
-    time.sleep(3)
+    prompt = queue_and_wait_for(server, p, "Learning has begun")
+    time.sleep(1)
     asked = time.monotonic()
     server.post("/interrupt", {})
     entry = server.wait(prompt, 30)
@@ -150,7 +150,7 @@ def test_interrupted_before_the_first_step(server: Server) -> None:
     p.b.add("SaveConcepts", concepts=p.learn, name="never", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
-    prompt = queue_and_wait_for_learning(server, p)
+    prompt = queue_and_wait_for(server, p, "Learning concepts with")
     time.sleep(2)
     asked = time.monotonic()
     server.post("/interrupt", {})
