@@ -14,7 +14,7 @@ Writes image.png, mask_<concept>.png (white where the concept is visible) and pr
 _EXAMPLE = "example:\n  python -m em_core scene --seed 7 --set B --out output/scene"
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `scene` command."""
     parser = subparsers.add_parser(
         "scene",

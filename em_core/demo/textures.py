@@ -43,7 +43,8 @@ def marking(colour: str) -> Colour:
 def _grid(size: int) -> tuple[Float[ndarray, "s s"], Float[ndarray, "s s"]]:
     """x and y of the points of a fine canvas, in pixels of the 64-pixel picture."""
     line = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
-    return np.meshgrid(line, line)
+    x, y = np.meshgrid(line, line)  # a list in NumPy 1
+    return x, y
 
 
 _X, _Y = _grid(_FINE)

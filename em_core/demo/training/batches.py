@@ -46,12 +46,12 @@ class Batches:
         self.rows = rows
         self.ground_weight = ground_weight
 
-    def draw(self, index: Int[np.ndarray, "b"], rng: Generator, empty: float = 0.1) -> Batch:
+    def draw(self, index: Int[np.ndarray, " b"], rng: Generator, empty: float = 0.1) -> Batch:
         """The scenes at `index`, each with a random caption."""
         captions = [random_caption(self.looks(i), self.background(i), rng, empty) for i in index]
         return self.of(index, captions)
 
-    def of(self, index: Int[np.ndarray, "b"], captions: list[Caption]) -> Batch:
+    def of(self, index: Int[np.ndarray, " b"], captions: list[Caption]) -> Batch:
         """The scenes at `index` with the given captions."""
         z = torch.from_numpy(self.latents[index].copy()).float()
         labels = torch.from_numpy(self.table.labels[index])

@@ -27,7 +27,7 @@ class SceneTable:
     images: UInt8[ndarray, "n 64 64 3"]
     labels: UInt8[ndarray, "n 64 64"]
     looks: Int[ndarray, "n 3 3"]
-    backgrounds: Int[ndarray, "n"]
+    backgrounds: Int[ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -82,13 +82,13 @@ def noise_schedule() -> Float[Tensor, "1000"]:
     return torch.cumprod(1 - betas, 0).float()
 
 
-def stratified_steps(count: int, rng: torch.Generator) -> Int[Tensor, "b"]:
+def stratified_steps(count: int, rng: torch.Generator) -> Int[Tensor, " b"]:
     """One timestep from each of `count` equal parts of 0 to 999, shuffled."""
     parts = (torch.arange(count) + torch.rand(count, generator=rng)) / count
     return (parts * 1000).long().clamp_max(999)[torch.randperm(count, generator=rng)]
 
 
-def snr_weight(snr: Float[Tensor, "b"], snr_limit: float, noisy_limit: float) -> Float[Tensor, "b"]:
+def snr_weight(snr: Float[Tensor, " b"], snr_limit: float, noisy_limit: float) -> Float[Tensor, " b"]:
     """Weights of the noise's error, by signal-to-noise ratio (SNR).
 
     Above SNR 1: min(SNR, limit) / SNR (Hang 2023, "Min-SNR", Eq. 7). Below: 1 / SNR up to another
@@ -100,8 +100,8 @@ def snr_weight(snr: Float[Tensor, "b"], snr_limit: float, noisy_limit: float) ->
 
 
 def coarse_error(
-    error: Float[Tensor, "b 4 16 16"], snr: Float[Tensor, "b"], side: int
-) -> Float[Tensor, "b"]:
+    error: Float[Tensor, "b 4 16 16"], snr: Float[Tensor, " b"], side: int
+) -> Float[Tensor, " b"]:
     """Squared error of the denoised latent averaged over parts of a `side` x `side` grid.
 
     A loss at coarser scales as well (Hoogeboom 2023, "simple diffusion", 3.2). Noise prediction
@@ -120,7 +120,7 @@ class Objective:
         self.alpha_bar = noise_schedule()
         self.taught = teach(self.unet)
 
-    def __call__(self, batch: Batch, eps: Tensor, t: Int[Tensor, "b"]) -> tuple[Tensor, Parts]:
+    def __call__(self, batch: Batch, eps: Tensor, t: Int[Tensor, " b"]) -> tuple[Tensor, Parts]:
         """Weighted error of the noise plus the attention loss, and its parts."""
         alpha = self.alpha_bar[t]
         columns = TaughtColumns(batch.select)

@@ -11,6 +11,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Int
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -31,7 +32,7 @@ def encode_table(rank: int, processes: int, table: SceneTable, vae: AutoencoderK
     return torch.cat(parts)
 
 
-def token_rows(ids: dict[str, int]) -> Int[torch.Tensor, "rows"]:
+def token_rows(ids: dict[str, int]) -> Int[torch.Tensor, " rows"]:
     """True ids of the rows of a token table that holds only the demo words, start and end."""
     words = sorted(ids[word + "</w>"] for word in vocabulary.WORDS)
     return torch.tensor([*words, vocabulary.START_ID, vocabulary.END_ID])
@@ -87,6 +88,7 @@ def export_model(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(aside)
+    name_for_all_versions(aside / "text_encoder" / "model.safetensors")
     shutil.rmtree(aside / "tokenizer")
     shutil.copytree(tokenizer, aside / "tokenizer")
     words = json.dumps(list(vocabulary.WORDS), indent=0) + "\n"
@@ -98,6 +100,17 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def name_for_all_versions(file: Path) -> None:
+    """Give the text encoder's weights the names that every version of transformers reads.
+
+    Version 5 writes them without `text_model.`; earlier versions then recognise none of them and
+    take random weights without an error.
+    """
+    prefix = "text_model."
+    named = {prefix + name.removeprefix(prefix): x for name, x in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 def _scheduler() -> PNDMScheduler:
