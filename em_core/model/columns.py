@@ -81,7 +81,7 @@ def column_probabilities(
     return _over_both(queries, keys, split_heads(others, heads), select, chunk)
 
 
-def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b {heads} n d"]:
+def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b _heads n d"]:
     """The heads of a projection, which stand one after another on its last axis, as an axis.
 
     Raises:
