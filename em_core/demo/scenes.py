@@ -1,51 +1,45 @@
 """Seeded scenes of the demo world: pictures of 64 x 64 pixels, exact masks, captions.
 
-Training scenes and concept scenes draw from disjoint random streams. A scene is rendered at three
-times its size and averaged down; an object's mask holds the visible pixels that it covers by more
-than half, and no other pixel of the background is touched.
+Training scenes and concept scenes draw from disjoint random streams.
 """
 
+import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import radians
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 from numpy import ndarray
 from numpy.random import Generator
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..errors import UserError
 from . import shapes, textures, vocabulary
+from .captions import Look
+from .placing import APART, CLOSE, place
+from .rendering import SIZE, SceneObject, render
 
-SIZE = textures.SIZE
-_FINE = 3
-SETS = ("A", "B", "C")
-CONCEPT_NAMES = ("rex", "doll")
+MOST_OBJECTS = 5
+SETS = ("A", "B", "C", "D", "E", "F", "G", "H", "I")
+# Sets whose words do not tell their concepts apart: masks are right under either assignment.
+ALIKE = ("C", "D", "E")
+CONCEPT_NAMES = ("rex", "doll", "kit", "bob")
+GROUND_NAME = "place"
 _TRAINING_STREAM, _CONCEPT_STREAM = 1, 2
+# D is C without words, so both draw from one stream.
+_STREAMS = {"A": 0, "B": 1, "C": 2, "D": 2, "E": 3, "F": 4, "G": 5, "H": 6, "I": 7}
+# Shares of training scenes with one to five objects, and the least and largest radius there.
+_COUNTS = (0.2, 0.3, 0.22, 0.16, 0.12)
+_TRAINING_RADII = ((10.0, 17.0), (9.5, 15.0), (8.5, 12.5), (8.0, 11.0), (7.5, 9.5))
+_PAIR_RADII, _GROUP_RADII, _TOUCHING_RADII = (11.0, 15.0), (8.5, 10.5), (12.0, 16.0)
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """One object: what it is and where; lengths in pixels, `angle` in radians."""
-
-    shape: str
-    colour: str
-    pattern: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-    pattern_angle: float
-    phase: tuple[float, float]
-    tint: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class TrainingScene:
-    """A picture (values 0 to 255), the objects from left to right and their visible masks."""
+class Scene:
+    """A picture (values 0 to 255), the objects (later ones in front) and their visible masks."""
 
     image: UInt8[ndarray, "64 64 3"]
     masks: Bool[ndarray, "n 64 64"]
@@ -54,16 +48,66 @@ class TrainingScene:
 
 
 @dataclass(frozen=True)
-class ConceptScene:
-    """Two new concepts in one picture; `masks` maps each concept's name to its visible pixels."""
+class ConceptPicture:
+    """One picture of a concept scene.
+
+    `masks` maps each concept's name, in the prompt's order, to its visible pixels; `meant` maps it
+    to the index of its object, or to None where the concept is the background.
+    """
 
     image: UInt8[ndarray, "64 64 3"]
     masks: dict[str, Bool[ndarray, "64 64"]]
     prompt: str
     background: str
+    objects: tuple[SceneObject, ...]
+    meant: dict[str, int | None]
+
+
+Pictures = tuple[ConceptPicture, ...]
+
+
+@dataclass(frozen=True)
+class ConceptScene:
+    """New concepts in one picture or several; with one, its parts can be had from the scene."""
+
     set: str
     seed: int
-    objects: tuple[SceneObject, ...]
+    pictures: Pictures
+
+    @property
+    def only(self) -> ConceptPicture:
+        """The picture of a scene that has one; a UserError where there are several."""
+        if len(self.pictures) != 1:
+            raise UserError(
+                f"A scene of set {self.set} has {len(self.pictures)} pictures. Expected a set with "
+                "one picture here."
+            )
+        return self.pictures[0]
+
+    @property
+    def image(self) -> UInt8[ndarray, "64 64 3"]:
+        """The only picture's pixels."""
+        return self.only.image
+
+    @property
+    def masks(self) -> dict[str, Bool[ndarray, "64 64"]]:
+        """The only picture's visible pixels of each concept."""
+        return self.only.masks
+
+    @property
+    def prompt(self) -> str:
+        """The only picture's prompt."""
+        return self.only.prompt
+
+    @property
+    def background(self) -> str:
+        """The only picture's background."""
+        return self.only.background
+
+    @property
+    def objects(self) -> tuple[SceneObject, ...]:
+        """The only picture's objects, named or not, later ones in front."""
+        return self.only.objects
 
 
 def held_out(shape: str, colour: str, pattern: str) -> bool:
@@ -75,7 +119,7 @@ def held_out(shape: str, colour: str, pattern: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def combinations(new: bool) -> tuple[tuple[str, str, str], ...]:
+def combinations(new: bool) -> tuple[Look, ...]:
     """(shape, colour, pattern) of the combinations in training, or of the new ones."""
     return tuple(
         (shape, colour, pattern)
@@ -91,172 +135,218 @@ def training_generator(seed: int) -> Generator:
     return np.random.default_rng([_TRAINING_STREAM, seed])
 
 
-def training_scene(rng: Generator) -> TrainingScene:
-    """A scene of 1 to 3 objects of combinations that are not held out."""
-    count = int(rng.choice(3, p=(0.35, 0.5, 0.15))) + 1
+def training_scene(rng: Generator) -> Scene:
+    """A scene of 1 to 5 objects of combinations that are not held out.
+
+    In half of the scenes they may touch and overlap; some scenes hold one shape only.
+    """
+    count = int(rng.choice(MOST_OBJECTS, p=_COUNTS)) + 1
     choices = combinations(False)
+    if rng.random() < 0.12:
+        shape = str(rng.choice(vocabulary.SHAPES))
+        choices = tuple(each for each in choices if each[0] == shape)
     looks = [choices[int(index)] for index in rng.integers(0, len(choices), count)]
     name = str(rng.choice(vocabulary.BACKGROUNDS))
-    objects = _place(looks, rng)
+    near = APART if rng.random() < 0.5 else CLOSE
+    placed = place(looks, rng, _TRAINING_RADII[count - 1], near)
+    objects = tuple(placed[int(index)] for index in rng.permutation(count))
     picture, masks = render(objects, textures.background(name, rng))
-    return TrainingScene(picture, masks, objects, name)
+    return Scene(picture, masks, objects, name)
 
 
 def concept_scene(seed: int, set: str = "A") -> ConceptScene:
-    """Two objects unlike any in training; the same seed and set give the same scene.
+    """Objects unlike any in training; the same seed and set give the same scene.
 
-    Set A: held-out combinations, called by their shape. Set B: known shapes in new colours and new
-    patterns, called by their shape. Set C: new shapes in known colours, called "thing". The prompt
-    names the concepts from left to right. Raises UserError for an unknown set or a negative seed.
+    A: two held-out combinations, called by their shape. B: two known shapes in new colours and new
+    patterns, called by their shape; so are all sets that say nothing else. C: two new shapes, both
+    called by one generic word. D: the scenes of C, without words. E: two of a kind, in different
+    colours and patterns. F: four concepts. G: three or four objects, one or two of them named.
+    H: two pictures with a concept in common and a companion each. I: two objects that touch or
+    overlap, and the background as a concept of its own.
+
+    Where the words tell nothing apart (`ALIKE`), the prompt names the concepts from left to right;
+    elsewhere in random order. Raises UserError for an unknown set or a negative seed.
     """
     if set not in SETS:
         raise UserError(f"Unknown set of scenes. Expected one of {', '.join(SETS)}, got {set!r}.")
     if seed < 0:
         raise UserError(f"Expected a seed of 0 or more, got {seed}.")
-    rng = np.random.default_rng([_CONCEPT_STREAM, SETS.index(set), seed])
-    looks = _new_looks(set, rng)
-    name = str(rng.choice(vocabulary.BACKGROUNDS))
-    objects = _place(looks, rng)
-    picture, masks = render(objects, textures.background(name, rng))
-    words = [vocabulary.GENERIC if set == "C" else each.shape for each in objects]
-    named = [f"<{n}:{w}>" for n, w in zip(CONCEPT_NAMES, words, strict=True)]
-    prompt = f"a photo of {named[0]} and {named[1]} on {name}"
-    truth = dict(zip(CONCEPT_NAMES, masks, strict=True))
-    return ConceptScene(picture, truth, prompt, name, set, seed, objects)
+    rng = np.random.default_rng([_CONCEPT_STREAM, _STREAMS[set], seed])
+    return ConceptScene(set, seed, _RECIPES[set](rng))
 
 
-def _new_looks(set: str, rng: Generator) -> list[tuple[str, str, str]]:
-    """Two looks of the set that differ in shape, colour and pattern."""
-    if set == "A":
-        choices = list(combinations(True))
-    elif set == "B":
-        choices = _product(vocabulary.SHAPES, textures.NEW_COLOURS, textures.NEW_PATTERNS)
-    else:
-        choices = _product(shapes.NEW, vocabulary.COLOURS, vocabulary.PATTERNS)
-    first = choices[int(rng.integers(len(choices)))]
-    others = [each for each in choices if all(a != b for a, b in zip(each, first, strict=True))]
-    return [first, others[int(rng.integers(len(others)))]]
+def _held_out_pair(rng: Generator) -> Pictures:
+    scene = _draw(_different(combinations(True), 2, rng), rng)
+    return (_name(scene, _any_order(2, rng)),)
 
 
-def _product(*words: object) -> list[tuple[str, str, str]]:
-    first, second, third = (tuple(each) for each in words)  # type: ignore[arg-type, var-annotated]
-    return [(a, b, c) for a in first for b in second for c in third]
+def _new_pair(rng: Generator) -> Pictures:
+    scene = _draw(_different(_new_looks(), 2, rng), rng)
+    return (_name(scene, _any_order(2, rng)),)
 
 
-_RADII = {1: (12.0, 17.0), 2: (11.0, 15.0), 3: (9.5, 11.5)}
+def _new_shapes(rng: Generator) -> Pictures:
+    choices = _product(shapes.NEW, vocabulary.COLOURS, vocabulary.PATTERNS)
+    scene = _draw(_different(choices, 2, rng), rng)
+    return (_name(scene, _left_to_right(scene), word=str(rng.choice(vocabulary.GENERICS))),)
 
 
-def _place(looks: list[tuple[str, str, str]], rng: Generator) -> tuple[SceneObject, ...]:
-    """Put objects where they hardly overlap; left to right."""
-    low, high = _RADII[len(looks)]
+def _wordless(rng: Generator) -> Pictures:
+    (picture,) = _new_shapes(rng)
+    marks = " and ".join(f"<{name}>" for name in picture.masks)
+    return (replace(picture, prompt=f"a photo of {marks} on {picture.background}"),)
+
+
+def _two_of_a_kind(rng: Generator) -> Pictures:
+    first = _pick(_new_looks(), rng)
+    others = [each for each in _new_looks() if _shared(each, first) == (True, False, False)]
+    scene = _draw([first, _pick(others, rng)], rng)
+    return (_name(scene, _left_to_right(scene)),)
+
+
+def _four(rng: Generator) -> Pictures:
+    scene = _draw(_different(_new_looks(), 4, rng), rng, _GROUP_RADII)
+    return (_name(scene, _any_order(4, rng)),)
+
+
+def _clutter(rng: Generator) -> Pictures:
+    count, named = (int(each) for each in rng.integers((3, 1), (5, 3)))
+    scene = _draw(_different(_new_looks(), count, rng), rng, _GROUP_RADII)
+    return (_name(scene, _any_order(count, rng)[:named]),)
+
+
+def _two_pictures(rng: Generator) -> Pictures:
+    common, *companions = _different(_new_looks(), 3, rng)
+    pictures = []
+    for name, companion in zip(CONCEPT_NAMES[1:], companions, strict=False):
+        scene = _draw([common, companion], rng)
+        order = _any_order(2, rng)
+        names = [CONCEPT_NAMES[0] if scene.objects[i].shape == common[0] else name for i in order]
+        pictures.append(_name(scene, order, names))
+    return tuple(pictures)
+
+
+def _touching_pair(rng: Generator) -> Pictures:
+    looks = _different(_new_looks(), 2, rng)
+    nothing = np.zeros((SIZE, SIZE, 3), dtype=np.float32)
     while True:
-        radii = rng.uniform(low, high, len(looks))
-        margin = radii[:, None] * 0.95
-        centres = margin + rng.random((len(looks), 2)) * (SIZE - 2 * margin)
-        far = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
-        near = far < 0.93 * (radii[:, None] + radii[None])
-        if not near[~np.eye(len(looks), dtype=bool)].any():
+        scene = _draw(looks, rng, _TOUCHING_RADII, CLOSE)
+        alone = np.stack([render((each,), nothing)[1][0] for each in scene.objects])
+        seen = scene.masks.sum(axis=(1, 2)) / alone.sum(axis=(1, 2))
+        if _touch(*alone) and seen.min() > 0.5:
             break
-    order = np.argsort(centres[:, 0])
-    return tuple(_object(looks[i], centres[i], float(radii[i]), rng) for i in order)
+    return (_name(scene, _any_order(2, rng), ground=True),)
 
 
-def _object(
-    look: tuple[str, str, str], centre: Float[ndarray, "2"], radius: float, rng: Generator
-) -> SceneObject:
-    red, green, blue = (int(value) for value in rng.integers(-9, 10, 3))
-    across, down = (float(value) for value in rng.uniform(0, 14, 2))
-    turn, lay = (float(value) for value in rng.uniform(-1, 1, 2))
-    return SceneObject(
-        *look,
-        x=float(centre[0]),
-        y=float(centre[1]),
-        radius=radius,
-        angle=radians(12) * turn,
-        pattern_angle=radians(90) * lay,
-        phase=(across, down),
-        tint=(red, green, blue),
-    )
+_RECIPES: dict[str, Callable[[Generator], Pictures]] = {
+    "A": _held_out_pair,
+    "B": _new_pair,
+    "C": _new_shapes,
+    "D": _wordless,
+    "E": _two_of_a_kind,
+    "F": _four,
+    "G": _clutter,
+    "H": _two_pictures,
+    "I": _touching_pair,
+}
 
 
-def render(
-    objects: tuple[SceneObject, ...], ground: Float[ndarray, "64 64 3"]
-) -> tuple[UInt8[ndarray, "64 64 3"], Bool[ndarray, "n 64 64"]]:
-    """Draw objects, later ones in front, on a background of values 0 to 255."""
-    picture = ground.copy()
-    masks = np.zeros((len(objects), SIZE, SIZE), dtype=bool)
-    for index, each in enumerate(objects):
-        window, colour, cover = _paint(each)
-        alpha = np.clip(2 * cover - 1, 0, 1)[..., None]
-        picture[window] += alpha * (colour - picture[window])
-        masks[(slice(None), *window)] &= cover <= 0.5
-        masks[(index, *window)] = cover > 0.5
-    return textures.to_uint8(picture), masks
+def _draw(
+    looks: Sequence[Look],
+    rng: Generator,
+    radius: tuple[float, float] = _PAIR_RADII,
+    near: float = APART,
+) -> Scene:
+    name = str(rng.choice(vocabulary.BACKGROUNDS))
+    objects = place(looks, rng, radius, near)
+    if near < APART:  # any of them may be in front
+        objects = tuple(objects[i] for i in _any_order(len(objects), rng))
+    picture, masks = render(objects, textures.background(name, rng))
+    return Scene(picture, masks, objects, name)
 
 
-def _paint(
-    each: SceneObject,
-) -> tuple[tuple[slice, slice], Float[ndarray, "h w 3"], Float[ndarray, "h w"]]:
-    """Window of the canvas, colour there (0 to 255), and how much of each pixel is covered."""
-    reach = 1.25 * each.radius + 1
-    left, top = max(0, int(each.x - reach)), max(0, int(each.y - reach))
-    right, bottom = min(SIZE, int(each.x + reach) + 1), min(SIZE, int(each.y + reach) + 1)
-    inside, edge = _stencil(each, left, top, right - left, bottom - top)
-    x = (np.arange(inside.shape[1], dtype=np.float32) + 0.5) / _FINE + (left - each.x)
-    y = (np.arange(inside.shape[0], dtype=np.float32) + 0.5) / _FINE + (top - each.y)
-    colours = textures.COLOURS | textures.NEW_COLOURS
-    main = np.asarray(colours[each.colour], dtype=np.float32) + np.asarray(each.tint)
-    second = np.asarray(textures.marking(each.colour), dtype=np.float32)
-    marked = textures.pattern_mask(each.pattern, *np.meshgrid(x, y), each.pattern_angle, each.phase)
-    share = _shrink(inside & ~edge & marked) if marked is not None else np.zeros(1)
-    line = _shrink(edge)
-    cover = _shrink(inside)
-    total = np.maximum(cover, 1e-6)
-    outline = _outline_colour(main)
-    colour = main + (share / total)[..., None] * (second - main)
-    colour = colour + (line / total)[..., None] * (outline - main)
-    return (slice(top, bottom), slice(left, right)), colour.astype(np.float32), cover
+def _name(
+    scene: Scene,
+    order: Sequence[int],
+    names: Sequence[str] = CONCEPT_NAMES,
+    word: str = "",
+    ground: bool = False,
+) -> ConceptPicture:
+    """Name the objects of `order`, each by `word` or by its shape, and the `ground` if wanted."""
+    named = dict(zip(names, order, strict=False))
+    meant: dict[str, int | None] = {**named}
+    marks = [f"<{name}:{word or scene.objects[i].shape}>" for name, i in named.items()]
+    masks = {name: scene.masks[i] for name, i in named.items()}
+    where = scene.background
+    if ground:
+        meant[GROUND_NAME], where = None, f"<{GROUND_NAME}:{scene.background}>"
+        masks[GROUND_NAME] = np.logical_not(scene.masks.any(axis=0))
+    prompt = f"a photo of {' and '.join(marks)} on {where}"
+    return ConceptPicture(scene.image, masks, prompt, scene.background, scene.objects, meant)
 
 
-def _outline_colour(main: Float[ndarray, "3"]) -> Float[ndarray, "3"]:
-    return main * 0.6
+def _any_order(count: int, rng: Generator) -> list[int]:
+    return [int(index) for index in rng.permutation(count)]
 
 
-def _stencil(
-    each: SceneObject, left: int, top: int, width: int, height: int
-) -> tuple[Bool[ndarray, "h w"], Bool[ndarray, "h w"]]:
-    """Inside of the shape and the part of it that is its outline, on the fine grid."""
-    size = (width * _FINE, height * _FINE)
-    centre = ((each.x - left) * _FINE - 0.5, (each.y - top) * _FINE - 0.5)
-    fill, line = Image.new("1", size), Image.new("1", size)
-    brush, pen = ImageDraw.Draw(fill), ImageDraw.Draw(line)
-    added, cut = shapes.OUTLINES[each.shape]
-    for polygons, value in ((added, 1), (cut, 0)):
-        for polygon in polygons:
-            points = shapes.placed(polygon, each.radius * _FINE, each.angle, centre)
-            brush.polygon(points, fill=value)
-            if len(added) == 1 or value == 0:
-                pen.line([*points, *points[:2]], fill=1, width=5)
-    inside = np.asarray(fill)
-    return inside, np.asarray(line) & inside
+def _left_to_right(scene: Scene) -> list[int]:
+    """Indices of the objects by the centroid of their visible pixels; of two at one x the upper."""
+    centroids = [tuple(np.argwhere(mask).mean(axis=0)[::-1]) for mask in scene.masks]
+    return sorted(range(len(centroids)), key=centroids.__getitem__)
 
 
-def _shrink(fine: Bool[ndarray, "fh fw"]) -> Float[ndarray, "h w"]:
-    height, width = fine.shape[0] // _FINE, fine.shape[1] // _FINE
-    blocks = fine.reshape(height, _FINE, width, _FINE)
-    return blocks.mean(axis=(1, 3), dtype=np.float32)
+def _touch(a: Bool[ndarray, "h w"], b: Bool[ndarray, "h w"]) -> bool:
+    """Whether two masks share a pixel or have neighbouring ones."""
+    grown = np.pad(a, 1)
+    near = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:] | a
+    return bool((near & b).any())
+
+
+def _different(choices: Sequence[Look], count: int, rng: Generator) -> list[Look]:
+    """Looks of which no two share shape, colour or pattern."""
+    chosen: list[Look] = []
+    for _ in range(count):
+        chosen.append(_pick(choices, rng))
+        choices = [each for each in choices if not any(_shared(each, chosen[-1]))]
+    return chosen
+
+
+def _shared(a: Look, b: Look) -> tuple[bool, ...]:
+    """Whether shape, colour and pattern are the same."""
+    return tuple(one == other for one, other in zip(a, b, strict=True))
+
+
+def _pick(choices: Sequence[Look], rng: Generator) -> Look:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _new_looks() -> list[Look]:
+    """Known shapes in new colours and new patterns."""
+    return _product(vocabulary.SHAPES, textures.NEW_COLOURS, textures.NEW_PATTERNS)
+
+
+def _product(*words: Iterable[str]) -> list[Look]:
+    return [(a, b, c) for a, b, c in itertools.product(*words)]
 
 
 def write_scene(scene: ConceptScene, folder: Path) -> None:
     """Write `image.png`, `mask_<name>.png` (0 or 255) and `prompt.txt`, each aside and renamed.
 
-    Raises OSError when the folder cannot be written.
+    Several pictures go into folders `1`, `2`. Raises OSError when a folder cannot be written.
     """
+    if len(scene.pictures) == 1:
+        _write_picture(scene.only, folder)
+        return
+    for number, picture in enumerate(scene.pictures, start=1):
+        _write_picture(picture, folder / str(number))
+
+
+def _write_picture(picture: ConceptPicture, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_png(scene.image, folder / "image.png")
-    for name, mask in scene.masks.items():
+    _write_png(picture.image, folder / "image.png")
+    for name, mask in picture.masks.items():
         _write_png(mask.astype(np.uint8) * 255, folder / f"mask_{name}.png")
-    vocabulary.write_text(folder / "prompt.txt", scene.prompt + "\n")
+    vocabulary.write_text(folder / "prompt.txt", picture.prompt + "\n")
 
 
 def _write_png(pixels: UInt8[ndarray, "..."], path: Path) -> None:

@@ -21,9 +21,9 @@ SHAPES = ("star", "circle", "square", "triangle", "heart", "ring", "cross", "dia
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "brick", "sky", "snow", "water", "wood", "stone")
-GENERIC = "thing"
+GENERICS = ("thing", "toy", "object", "item")
 FUNCTION_WORDS = ("a", "an", "and", "in", "of", "on", "photo", "the")
-WORDS = tuple(sorted((*SHAPES, *COLOURS, *PATTERNS, *BACKGROUNDS, GENERIC, *FUNCTION_WORDS)))
+WORDS = tuple(sorted((*SHAPES, *COLOURS, *PATTERNS, *BACKGROUNDS, *GENERICS, *FUNCTION_WORDS)))
 
 Merge = tuple[str, str]
 

@@ -9,7 +9,11 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from em_core.demo import known_words, model_path, vocabulary
+from em_core.demo.captions import bare_caption
 from em_core.demo.training import measure, sheet
+from em_core.demo.training.checkpoint import Checkpoint
+from em_core.demo.training.loop import Round, optimise
+from em_core.demo.training.schedule import AveragedWeights
 
 # Ids of whole words in the full CLIP vocabulary (49,408 pieces).
 TRUE_IDS = {
@@ -19,6 +23,9 @@ TRUE_IDS = {
     "and": 537,
     "on": 525,
     "thing": 946,
+    "toy": 5988,
+    "object": 14115,
+    "item": 8532,
     "star": 1565,
     "circle": 7117,
     "triangle": 14615,
@@ -115,8 +122,8 @@ def test_scaling_factor_makes_latents_of_deviation_one(pipeline, unseen):
 
 def test_autoencoder_keeps_unseen_scenes(pipeline, unseen):
     everything, on_objects = measure.reconstruction(pipeline, unseen[:16])
-    assert everything > 27.0
-    assert on_objects > 23.5
+    assert everything > 25.5
+    assert on_objects > 22.0
 
 
 def test_the_right_caption_predicts_the_noise_better(pipeline, unseen):
@@ -124,10 +131,86 @@ def test_the_right_caption_predicts_the_noise_better(pipeline, unseen):
     assert right < 0.8 * shuffled
 
 
-@pytest.mark.parametrize(("kind", "least"), [("full", 0.66), ("bare", 0.62), ("thing", 0.55)])
+@pytest.mark.parametrize(("kind", "least"), [("full", 0.5), ("bare", 0.36), ("thing", 0.25)])
 def test_every_up_layer_localises_nouns(pipeline, unseen, kind, least):
     found = measure.attention_iou(pipeline, unseen[:12], kind)
     assert min(found[layer] for layer in UP_LAYERS) > least
+
+
+def test_alike_phrases_may_mean_their_objects_in_either_order():
+    """Oracle: maps that are the masks themselves, exchanged where the words allow it and where not."""
+    masks = np.zeros((3, 64, 64), dtype=bool)
+    masks[0, :32, :32], masks[1, :32, 32:], masks[2, 32:] = True, True, True
+    maps = torch.from_numpy(masks[[1, 0, 2]]).float()
+    assert measure.assigned_iou(maps, list(masks), (False, False, True)) == [1, 1, 1]
+    assert sorted(measure.assigned_iou(maps, list(masks), (True, True, True))) == [0, 0, 1]
+
+
+def test_a_name_alone_is_one_of_two_objects(pipeline):
+    """What the model has to have learned from captions that leave objects out."""
+    found = []
+    for scene in measure.unseen_scenes(40, seed=6):
+        looks = measure.looks_of(scene)
+        if len(looks) != 2 or looks[0][0] == looks[1][0]:
+            continue
+        for named in (0, 1):
+            caption = bare_caption(looks, scene.background, named=(named,))
+            map_ = measure.noun_maps(pipeline, scene, caption)[UP_LAYERS[-1]][0]
+            found.append([_mean_under(map_, scene.masks[index]) for index in (named, 1 - named)])
+    inside, elsewhere = np.array(found).T
+    assert len(found) >= 10
+    assert np.mean(inside > elsewhere) > 0.85
+    assert inside.mean() > 3 * elsewhere.mean()
+
+
+def _mean_under(map_, mask):
+    large = torch.nn.functional.interpolate(map_[None, None], size=(64, 64), mode="bilinear")
+    return float(large[0, 0][torch.from_numpy(mask)].mean())
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_a_round_that_was_interrupted_ends_where_an_unbroken_one_does(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'join'}", rank=0, world_size=1
+    )
+    try:
+        whole = _small_round(Checkpoint(tmp_path / "whole.pt", every=100))
+        with pytest.raises(_Stopped):
+            _small_round(Checkpoint(tmp_path / "part.pt", every=4), stop=7)
+        resumed = _small_round(Checkpoint(tmp_path / "part.pt", every=4))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert resumed[1] == [4, 5, 6, 7, 8, 9]
+    for one, other in zip(whole[0], resumed[0], strict=True):
+        assert torch.equal(one, other)
+
+
+def _small_round(checkpoint, stop=None):
+    """Weights, averaged weights and steps of ten steps of a linear model."""
+    torch.manual_seed(1 if checkpoint.path.exists() else 0)
+    model = torch.nn.Linear(3, 2)
+    average, steps = AveragedWeights(model, 0.9), []
+
+    def loss_of(step):
+        if step == stop:
+            raise _Stopped
+        steps.append(step)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return model(x).square().mean(), {}
+
+    optimise(
+        model,
+        average,
+        Round(10, 0.1, 4, warmup=2),
+        loss_of,
+        lambda _: None,
+        lambda *_: None,
+        checkpoint,
+    )
+    return [*model.parameters(), *average.module.parameters()], steps
 
 
 def test_attention_of_a_noun_that_is_elsewhere_does_not_fit(pipeline, unseen):

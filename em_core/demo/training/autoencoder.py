@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from .checkpoint import Checkpoint
 from .data import SceneTable, open_table
 from .loop import Parts, Round, optimise, reporter
 from .schedule import AveragedWeights, Log, lay_out_channels_last
@@ -109,11 +110,16 @@ def full_loss(
 
 
 def train_autoencoder(
-    rank: int, data: Path, out: Path, log_path: Path, round_: Round, settings: AutoencoderSettings
+    rank: int,
+    data: Path,
+    out: Path,
+    log_path: Path,
+    round_: Round,
+    settings: AutoencoderSettings,
+    checkpoint: Checkpoint,
 ) -> None:
     """One process of a round, which goes on from `out` where that exists and writes there."""
     torch.manual_seed(round_.seed + 1000 * rank)
-    rng = np.random.default_rng([round_.seed, rank])
     table, log = open_table(data), Log(log_path)
     model = AutoencoderKL.from_pretrained(out) if out.exists() else new_autoencoder()
     model.train().float()
@@ -121,7 +127,9 @@ def train_autoencoder(
     average = AveragedWeights(model, round_.average)
     shipped: Any = average.module
 
-    def step_loss() -> tuple[Tensor, Parts]:
+    def step_loss(step: int) -> tuple[Tensor, Parts]:
+        rng = np.random.default_rng([round_.seed, rank, step])
+        torch.manual_seed(int(rng.integers(2**62)))
         loss = full_loss(
             model, *draw_batch(table, rng, round_.batch, settings.recoloured), settings
         )
@@ -136,7 +144,8 @@ def train_autoencoder(
         shipped.save_pretrained(out)
 
     samples = round_.batch * dist.get_world_size()
-    optimise(model, average, round_, step_loss, after, reporter(log, "autoencoder", rank, samples))
+    report = reporter(log, "autoencoder", rank, samples)
+    optimise(model, average, round_, step_loss, after, report, checkpoint)
     if rank == 0:
         keep(round_.steps)
 

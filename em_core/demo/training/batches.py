@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import vocabulary
 from ..captions import Caption, Look, random_caption
-from .data import MOST_OBJECTS, SceneTable
+from ..scenes import MOST_OBJECTS
+from .data import SceneTable
 
 LENGTH = 77
 ROWS = MOST_OBJECTS + 1
@@ -52,7 +53,10 @@ class Batches:
         return self.of(index, captions)
 
     def of(self, index: Int[np.ndarray, " b"], captions: list[Caption]) -> Batch:
-        """The scenes at `index` with the given captions."""
+        """The scenes at `index` with the given captions.
+
+        Where a caption's words do not say which object they mean, there is nothing to teach.
+        """
         z = torch.from_numpy(self.latents[index].copy()).float()
         labels = torch.from_numpy(self.table.labels[index])
         seen = F.one_hot(labels.long(), ROWS).permute(0, 3, 1, 2).float()
@@ -61,8 +65,9 @@ class Batches:
         target = torch.zeros(len(index), ROWS, 16, 16)
         weight = torch.zeros(len(index), ROWS)
         for b, caption in enumerate(captions):
-            for row, (at, which) in enumerate(zip(caption.nouns, caption.meant, strict=True)):
-                select[b, row, at + 1], weight[b, row] = 1.0, 1.0
+            named = zip(caption.nouns, caption.meant, caption.clear, strict=True)
+            for row, (at, which, clear) in enumerate(named):
+                select[b, row, at + 1], weight[b, row] = 1.0, float(clear)
                 target[b, row] = seen[b, which + 1]
             if caption.ground is not None:
                 select[b, -1, caption.ground + 1], weight[b, -1] = 1.0, self.ground_weight
@@ -80,7 +85,7 @@ class Batches:
         return rows
 
     def looks(self, index: int) -> list[Look]:
-        """Shape, colour and pattern of a scene's objects, from left to right."""
+        """Shape, colour and pattern of a scene's objects."""
         return [
             (vocabulary.SHAPES[s], vocabulary.COLOURS[c], vocabulary.PATTERNS[p])
             for s, c, p in self.table.looks[index]

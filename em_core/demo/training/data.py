@@ -9,10 +9,9 @@ from jaxtyping import Int, UInt8
 from numpy import ndarray
 
 from .. import vocabulary
-from ..scenes import SIZE, TrainingScene, training_generator, training_scene
+from ..scenes import MOST_OBJECTS, SIZE, Scene, training_generator, training_scene
 
 CHUNK = 2000
-MOST_OBJECTS = 3
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class SceneTable:
 
     images: UInt8[ndarray, "n 64 64 3"]
     labels: UInt8[ndarray, "n 64 64"]
-    looks: Int[ndarray, "n 3 3"]
+    looks: Int[ndarray, "n 5 3"]
     backgrounds: Int[ndarray, " n"]
 
     def __len__(self) -> int:
@@ -75,7 +74,7 @@ def _render_chunk(folder: Path, start: int, count: int, stream: int) -> None:
         array.flush()
 
 
-def as_row(scene: TrainingScene) -> tuple[ndarray, ndarray, ndarray, ndarray]:
+def as_row(scene: Scene) -> tuple[ndarray, ndarray, ndarray, ndarray]:
     """Image, labels, looks and background of one scene, as a row of the table."""
     labels = np.zeros((SIZE, SIZE), dtype=np.uint8)
     looks = np.full((MOST_OBJECTS, 3), -1, dtype=np.int8)

@@ -1,6 +1,5 @@
 """Joint training of the UNet and the text encoder: noise prediction with an attention teacher."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .. import vocabulary
 from .batches import LENGTH, Batch, Batches, compact_ids
+from .checkpoint import Checkpoint
 from .data import open_table
 from .export import export_model, load_weights
-from .loop import Parts, Round, optimise, reporter
+from .loop import LossOf, Parts, Round, optimise, reporter
 from .schedule import AveragedWeights, Log, lay_out_channels_last
 from .teacher import TaughtColumns, attention_loss, teach
 
@@ -156,6 +156,7 @@ def train_denoiser(
     log_path: Path,
     round_: Round,
     settings: DenoiserSettings,
+    checkpoint: Checkpoint,
 ) -> None:
     """One process of a round that goes on from the model folder `start`; writes folder `out`."""
     torch.manual_seed(round_.seed + 1000 * rank)
@@ -177,7 +178,7 @@ def train_denoiser(
 
     samples = round_.batch * dist.get_world_size()
     report = reporter(Log(log_path), "denoiser", rank, samples)
-    optimise(model, average, round_, draw, after, report)
+    optimise(model, average, round_, draw, after, report, checkpoint)
     if rank == 0:
         export_model(average.module, ids, work / "vae", tokenizer, out)
 
@@ -187,14 +188,12 @@ def ids_of_words() -> tuple[str, ...]:
     return (*vocabulary.WORDS, vocabulary.START_PIECE, vocabulary.END_PIECE)
 
 
-def _drawer(
-    batches: Batches, objective: Objective, round_: Round, rank: int
-) -> Callable[[], tuple[Tensor, Parts]]:
-    """The loss of the next random batch."""
-    noise = torch.Generator().manual_seed(round_.seed + 1000 * rank + 7)
-    rng = np.random.default_rng([round_.seed, 77, rank])
+def _drawer(batches: Batches, objective: Objective, round_: Round, rank: int) -> LossOf:
+    """The loss of a random batch, which the step's number decides."""
 
-    def draw() -> tuple[Tensor, Parts]:
+    def draw(step: int) -> tuple[Tensor, Parts]:
+        rng = np.random.default_rng([round_.seed, 77, rank, step])
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         index = rng.integers(0, len(batches.latents), round_.batch)
         batch = batches.draw(index, rng)
         t = stratified_steps(round_.batch, noise)

@@ -39,12 +39,17 @@ def token_rows(ids: dict[str, int]) -> Int[torch.Tensor, " rows"]:
 
 
 def load_weights(model: nn.ModuleDict, folder: Path, ids: dict[str, int]) -> None:
-    """Set UNet and (compact) text encoder to the weights of a model folder."""
+    """Set UNet and (compact) text encoder to the weights of a model folder.
+
+    Words that the folder's model did not know start as its generic word.
+    """
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
     state = CLIPTextModel.from_pretrained(folder / "text_encoder").float().state_dict()
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     model["unet"].load_state_dict(unet.state_dict())
-    model["text"].load_state_dict({**state, name: state[name][token_rows(ids)]})
+    table = state[name][token_rows(ids)]
+    table[table.abs().sum(dim=1) == 0] = state[name][ids[vocabulary.GENERICS[0] + "</w>"]]
+    model["text"].load_state_dict({**state, name: table})
 
 
 def full_text_encoder(trained: CLIPTextModel, ids: dict[str, int]) -> CLIPTextModel:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .parallel import average_gradients, share_parameters
 from .schedule import AveragedWeights, Log, cosine_rate
 
 Parts = dict[str, float]
-LossOf = Callable[[], tuple[Tensor, Parts]]
+LossOf = Callable[[int], tuple[Tensor, Parts]]
 AfterStep = Callable[[int], None]
 
 
@@ -40,19 +42,24 @@ def optimise(
     loss_of: LossOf,
     after: AfterStep,
     report: Callable[[int, Parts], None],
+    checkpoint: Checkpoint,
 ) -> None:
-    """Run a round; `report` gets the mean parts of the loss every 100 steps.
+    """Run a round, or the rest of it where its checkpoint exists.
+
+    `loss_of` gets the number of steps done and must depend on nothing else that changes, or a round
+    that goes on would not be the same. `report` gets the mean parts of the loss every 100 steps.
 
     Raises FloatingPointError when a gradient is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    share_parameters(model.parameters())
     optimiser = torch.optim.AdamW(
         trained, round_.rate, (0.9, 0.99), weight_decay=round_.weight_decay
     )
+    done, last = checkpoint.load(model, average, optimiser), round(round_.steps * round_.end)
+    share_parameters(model.parameters())
     sums: Parts = defaultdict(float)
-    for step in range(round(round_.steps * round_.end)):
-        loss, parts = loss_of()
+    for step in range(done, last):
+        loss, parts = loss_of(step)
         optimiser.zero_grad()
         loss.backward()
         average_gradients(trained)
@@ -68,6 +75,9 @@ def optimise(
             report(step + 1, dict(sums))
             sums.clear()
         after(step + 1)
+        due = (step + 1) % checkpoint.every == 0 or step + 1 == last
+        if due and dist.get_rank() == 0:
+            checkpoint.save(step + 1, model, average, optimiser)
 
 
 def reporter(log: Log, part: str, rank: int, samples: int) -> Callable[[int, Parts], None]:

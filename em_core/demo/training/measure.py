@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...hosts.diffusers import attention_layers, record_attention
 from ...model.columns import select_columns
 from ...model.recording import AttentionRecorder
 from ..captions import Caption, Look, bare_caption, full_caption
-from ..scenes import TrainingScene, training_generator, training_scene
+from ..scenes import Scene, training_generator, training_scene
 from .autoencoder import to_tensor
 from .denoiser import noise_schedule, stratified_steps
 from .sheet import Pipeline, load
@@ -28,18 +29,18 @@ CaptionOf = Callable[[list[Look], str], Caption]
 CAPTIONS: dict[str, CaptionOf] = {
     "full": full_caption,
     "bare": bare_caption,
-    "thing": lambda looks, background: bare_caption(looks, background, generic=True),
+    "thing": lambda looks, background: bare_caption(looks, background, generic="thing"),
 }
 
 
-def unseen_scenes(count: int, seed: int = 0) -> list[TrainingScene]:
+def unseen_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Scenes of the kinds seen in training, from a random stream that training does not use."""
     rng = training_generator(UNSEEN_STREAM + seed)
     return [training_scene(rng) for _ in range(count)]
 
 
-def looks_of(scene: TrainingScene) -> list[Look]:
-    """Shape, colour and pattern of the scene's objects, from left to right."""
+def looks_of(scene: Scene) -> list[Look]:
+    """Shape, colour and pattern of the scene's objects."""
     return [(each.shape, each.colour, each.pattern) for each in scene.objects]
 
 
@@ -56,9 +57,7 @@ def encode_text(pipeline: Pipeline, captions: Sequence[Caption]) -> Float[Tensor
 
 
 @torch.no_grad()
-def encode_scenes(
-    pipeline: Pipeline, scenes: Sequence[TrainingScene]
-) -> Float[Tensor, "b 4 16 16"]:
+def encode_scenes(pipeline: Pipeline, scenes: Sequence[Scene]) -> Float[Tensor, "b 4 16 16"]:
     """Scaled latents of scenes."""
     x = to_tensor(np.stack([scene.image for scene in scenes]))
     return pipeline.vae.encode(x).latent_dist.mean * pipeline.vae.config.scaling_factor
@@ -66,7 +65,7 @@ def encode_scenes(
 
 @torch.no_grad()
 def noun_maps(
-    pipeline: Pipeline, scene: TrainingScene, caption: Caption, seed: int = 0
+    pipeline: Pipeline, scene: Scene, caption: Caption, seed: int = 0
 ) -> dict[str, Float[Tensor, "k h w"]]:
     """Attention of the caption's nouns in every layer, mean over `STEPS`."""
     count = len(STEPS)
@@ -90,23 +89,29 @@ def mask_iou(map_: Float[Tensor, "h w"], mask: Bool[ndarray, "64 64"]) -> float:
     return float((found & mask).sum() / (found | mask).sum())
 
 
-def attention_iou(
-    pipeline: Pipeline, scenes: Sequence[TrainingScene], kind: str
-) -> dict[str, float]:
+def assigned_iou(
+    maps: Float[Tensor, "k h w"], masks: Sequence[Bool[ndarray, "64 64"]], clear: Sequence[bool]
+) -> list[float]:
+    """IoU of each map with its mask; where words are not clear, of the best assignment of theirs."""
+    pairs = [[mask_iou(map_, mask) for mask in masks] for map_ in maps]
+    free = [index for index, known in enumerate(clear) if not known]
+    orders = ([pairs[a][b] for a, b in zip(free, to, strict=True)] for to in permutations(free))
+    return [pairs[i][i] for i, known in enumerate(clear) if known] + max(orders, key=sum)
+
+
+def attention_iou(pipeline: Pipeline, scenes: Sequence[Scene], kind: str) -> dict[str, float]:
     """Mean IoU of every layer's noun maps with the objects' true masks; see `CAPTIONS`."""
     found: dict[str, list[float]] = {}
     for index, scene in enumerate(scenes):
         caption = CAPTIONS[kind](looks_of(scene), scene.background)
         for name, maps in noun_maps(pipeline, scene, caption, index).items():
-            pairs = zip(maps, (scene.masks[i] for i in caption.meant), strict=True)
-            found.setdefault(name, []).extend(mask_iou(map_, mask) for map_, mask in pairs)
+            masks = [scene.masks[i] for i in caption.meant]
+            found.setdefault(name, []).extend(assigned_iou(maps, masks, caption.clear))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 @torch.no_grad()
-def noise_errors(
-    pipeline: Pipeline, scenes: Sequence[TrainingScene], seed: int = 0
-) -> tuple[float, float]:
+def noise_errors(pipeline: Pipeline, scenes: Sequence[Scene], seed: int = 0) -> tuple[float, float]:
     """Mean squared error of the noise under the right captions and under those of other scenes."""
     rng = torch.Generator().manual_seed(seed)
     z = encode_scenes(pipeline, scenes)
@@ -123,7 +128,7 @@ def noise_errors(
 
 
 @torch.no_grad()
-def reconstruction(pipeline: Pipeline, scenes: Sequence[TrainingScene]) -> tuple[float, float]:
+def reconstruction(pipeline: Pipeline, scenes: Sequence[Scene]) -> tuple[float, float]:
     """PSNR in dB of the autoencoder over all pixels and over the objects' pixels."""
     x = to_tensor(np.stack([scene.image for scene in scenes]))
     y = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)

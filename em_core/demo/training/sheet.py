@@ -27,7 +27,7 @@ CAPTIONS = (
     "star and circle on grass",
     "a photo of cross and heart on sand",
     "a photo of a red plain ring and a blue plain square and a green plain star on wood",
-    "a photo of a thing and a thing on stone",
+    "a photo of a toy and an object on stone",
 )
 
 
