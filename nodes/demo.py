@@ -47,7 +47,7 @@ class LoadDemoModel(io.ComfyNode):
 
 
 class DemoScene(io.ComfyNode):
-    """Render a picture with two concepts that the demo model has never seen."""
+    """Render a picture with concepts that the demo model has never seen."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -56,7 +56,7 @@ class DemoScene(io.ComfyNode):
             display_name="Demo Scene",
             category=DEMO,
             search_aliases=["example image", "test picture"],
-            description="Renders a picture of two objects that the demo model has never seen, together with "
+            description="Renders a picture of objects that the demo model has never seen, together with "
             "the prompt that marks them as concepts and their true masks.",
             inputs=[
                 io.Int.Input(
@@ -69,10 +69,12 @@ class DemoScene(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=["A", "B", "C"],
+                    options=["A", "B", "C", "D", "E", "F", "G", "I"],
                     default="A",
-                    tooltip="What is new about the objects. A: new combinations of known looks. B: new colours "
-                    "and patterns. C: new shapes.",
+                    tooltip="What is in the picture. A: two new combinations of known looks. B: new colours and "
+                    "patterns. C: new shapes, both called by one vague word. D: the same without words. E: two of "
+                    "a kind. F: four concepts. G: clutter, some of it not named. I: two objects that touch, and "
+                    "the background as a concept.",
                 ),
             ],
             outputs=[
@@ -80,7 +82,7 @@ class DemoScene(io.ComfyNode):
                 io.String.Output(
                     "prompt",
                     display_name="prompt",
-                    tooltip="The prompt that marks both concepts. Connect it to Concept Example.",
+                    tooltip="The prompt that marks the concepts. Connect it to Concept Example.",
                 ),
                 io.Mask.Output(
                     tooltip="The true mask of each concept, in the order of the prompt."

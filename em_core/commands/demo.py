@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from ..demo.scenes import SETS, ConceptScene, concept_scene, write_scene
+from ..demo.scenes import ConceptPicture, ConceptScene, concept_scene, write_scene
 from ..examples import Example
 from ..files import write_json
 from ..hosts.diffusers import DiffusersHost
@@ -31,7 +31,8 @@ from ..show.metrics import final_iou, metrics
 from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, load_host, require_folder
 
-SEED, SET = 1, "C"
+SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I")  # in one picture
+SEED, SET = 3, "A"
 SCALE = 3
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
@@ -59,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--set",
-        choices=SETS,
+        choices=SETS_OF_SEVERAL,
         default=SET,
         help="A: new combinations, B: new looks, C: new shapes (default: %(default)s)",
     )
@@ -102,8 +103,8 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def example_of(scene: ConceptScene) -> Example:
-    """Return the scene as a training example with its true masks."""
+def example_of(scene: ConceptScene | ConceptPicture) -> Example:
+    """Return a scene of one picture, or a picture of a scene, as an example with its true masks."""
     picture = rearrange(torch.from_numpy(scene.image.astype(np.float32) / 255), "h w c -> c h w")
     truth = {name: torch.from_numpy(mask) for name, mask in scene.masks.items()}
     return Example(picture, ConceptPrompt.parse(scene.prompt), truth=truth)

@@ -3,13 +3,19 @@
 import argparse
 from pathlib import Path
 
+from ..demo.scenes import SETS, concept_scene, write_scene
+
 _DESCRIPTION = """\
-Render a 64 x 64 picture of two objects that the demo model has not seen, with their true masks.
+Render a 64 x 64 picture of objects that the demo model has not seen, with their true masks.
 
-Set A: new combinations of known shapes, colours and patterns. Set B: known shapes in new colours
-and new patterns. Set C: new shapes, called "thing". The same seed gives the same scene.
+A: two new combinations of known shapes, colours and patterns. B: two known shapes in new colours
+and new patterns. C: two new shapes, both called by one generic word. D: the scenes of C, without
+words. E: two of a kind. F: four concepts. G: clutter, some of it not named. H: two pictures with a
+concept in common. I: two objects that touch, and the background as a concept.
+The same seed gives the same scene.
 
-Writes image.png, mask_<concept>.png (white where the concept is visible) and prompt.txt.
+Writes image.png, mask_<concept>.png (white where the concept is visible) and prompt.txt; for set H
+into the folders 1 and 2.
 """
 _EXAMPLE = "example:\n  python -m em_core scene --seed 7 --set B --out output/scene"
 
@@ -25,15 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seed", type=int, required=True, help="chooses the scene; 0 or more")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument(
-        "--set", choices=("A", "B", "C"), default="A", help="see above (default: A)"
-    )
+    parser.add_argument("--set", choices=SETS, default="A", help="see above (default: A)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Render the scene of `args.seed` and `args.set` into the folder `args.out`."""
-    from em_core.demo.scenes import concept_scene, write_scene
-
     write_scene(concept_scene(args.seed, args.set), args.out)
     return 0
