@@ -1,20 +1,20 @@
-"""Does EM pay? Mask IoU of every arm over scenes of two held-out concepts, from the same starts.
+"""Does EM pay? Mask IoU of every arm over scenes of held-out concepts, from the same starts.
 
     python benchmarks/em.py --scenes 24 --seeds 3 --workers 2
 
 Runs are appended to results/em_runs.jsonl and never repeated; the table (results/em.md) and the
 curves (results/em.png) are made from all of them. Scenes 1000 and up are for this benchmark alone.
 
-Sets A, B and C are the demo world's. Set D is set C without a word for the concepts: they start at
-random, so which of the two is which is open, and every IoU is that of the better assignment. The arm
-`em_one_start` takes the first random draw instead of the best of several; it is run on D alone.
+The sets are the demo world's, A to I. Where words do not tell the concepts apart (C, D, E), which is
+which is open, and every IoU is that of the best assignment. The arm `em_one_start` takes the first
+random draw instead of the best of several; it is run on D alone, whose concepts have no words.
 """
 
 import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -25,7 +25,7 @@ import torch
 
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
-from em_core.demo.scenes import concept_scene
+from em_core.demo.scenes import ALIKE, SETS, concept_scene
 from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.measures import iou
@@ -35,13 +35,11 @@ from em_core.method.problem import Problem, prepare
 from em_core.method.start import initialise
 from em_core.method.state import RunState
 from em_core.presets import em_settings, literal
-from em_core.prompts import Concept, ConceptPrompt
 from em_core.runs.runner import run
 from em_core.settings import EMSettings
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SCENE = 1000
-SETS = ("A", "B", "C", "D")
 
 
 def arms(settings: EMSettings) -> dict[str, EMSettings]:
@@ -60,25 +58,20 @@ def arms(settings: EMSettings) -> dict[str, EMSettings]:
     }
 
 
-def example_for(set_: str, scene: int) -> Example:
-    """Picture, prompt and true masks of a scene of the benchmark."""
-    example = example_of(concept_scene(FIRST_SCENE + scene, "C" if set_ == "D" else set_))
-    return replace(example, prompt=without_words(example.prompt)) if set_ == "D" else example
+def examples_for(set_: str, scene: int) -> list[Example]:
+    """Pictures, prompts and true masks of a scene of the benchmark."""
+    return [example_of(picture) for picture in concept_scene(FIRST_SCENE + scene, set_).pictures]
 
 
-def without_words(prompt: ConceptPrompt) -> ConceptPrompt:
-    """The prompt with concepts that start at random."""
-    parts = [replace(p, words="") if isinstance(p, Concept) else p for p in prompt.parts]
-    return ConceptPrompt(tuple(parts))
-
-
-def mean_iou(problem: Problem, labels: torch.Tensor) -> float:
-    """Mean over the concepts of one picture; without words, of the better assignment."""
-    prepared = problem.pictures[0]
-    truth = torch.stack([prepared.truth[name] for name in prepared.names])
-    named = all(concept.words for concept in problem.concepts)
-    orders = [tuple(range(len(truth)))] if named else permutations(range(len(truth)))
-    return max(float(iou(labels[list(order)], truth).mean()) for order in orders)
+def mean_iou(problem: Problem, labels: Sequence[torch.Tensor], set_: str) -> float:
+    """Mean over concepts and pictures; where words tell nothing apart, of the best assignment."""
+    found = []
+    for prepared, of_picture in zip(problem.pictures, labels, strict=True):
+        truth = torch.stack([prepared.truth[name] for name in prepared.names])
+        same = range(len(truth))
+        orders = permutations(same) if set_ in ALIKE else [same]
+        found.append(max(float(iou(of_picture[list(o)], truth).mean()) for o in orders))
+    return sum(found) / len(found)
 
 
 def em_passes(settings: EMSettings) -> int:
@@ -89,12 +82,15 @@ def em_passes(settings: EMSettings) -> int:
     return settings.masks.init_timesteps + rounds * settings.refresh + own
 
 
-def read_off(problem: Problem, state: RunState, passes: int) -> float:
-    """IoU of masks read once from the state's vectors."""
+def read_off(problem: Problem, state: RunState, set_: str) -> float:
+    """IoU of masks read once from the state's vectors, with as many passes as EM averages."""
     g = torch.Generator().manual_seed(problem.settings.seed + 7)
-    prepared, masks = problem.pictures[0], problem.settings.masks
-    _, estimate = attention_masks(problem.host, prepared, state.vectors, masks, passes, g)
-    return mean_iou(problem, estimate.masks)
+    masks, passes = problem.settings.masks, em_passes(replace(problem.settings, mode="em"))
+    estimates = [
+        attention_masks(problem.host, prepared, state.vectors, masks, passes, g)[1]
+        for prepared in problem.pictures
+    ]
+    return mean_iou(problem, [estimate.masks for estimate in estimates], set_)
 
 
 @lru_cache
@@ -112,37 +108,26 @@ def one(task: tuple[str, int, int, str]) -> list[dict[str, Any]]:
     # Random starts come from the seed; two scenes must not share them.
     own_seed = 100 * scene + seed if set_ == "D" else seed
     chosen = replace(arms(settings)[arm], seed=own_seed)
-    problem = prepare(host, [example_for(set_, scene)], chosen)
+    problem = prepare(host, examples_for(set_, scene), chosen)
     state = initialise(problem)
-    start = mean_iou(problem, state.pictures[0].labels)
-    row = {"set": set_, "scene": scene, "seed": seed}
+
+    def now(state: RunState) -> float:
+        return mean_iou(problem, [picture.labels for picture in state.pictures], set_)
+
+    row = {"set": set_, "scene": scene, "seed": seed, "start": now(state)}
     rows = []
     if arm == "fixed":
-        rows.append(
-            row
-            | {
-                "arm": "words",
-                "start": start,
-                "final": read_off(problem, state, em_passes(settings)),
-            }
-        )
-    curve = [start]
+        rows.append(row | {"arm": "words", "final": read_off(problem, state, set_)})
+    curve = [now(state)]
 
     def follow(event: StepEvent, state: RunState) -> None:
         if event.masks and event.phase == "em":
-            curve.append(mean_iou(problem, state.pictures[0].labels))
+            curve.append(now(state))
 
     state = run(problem, state, [follow])
-    rows.append(row | {"arm": arm, "start": start, "final": curve[-1], "curve": curve})
+    rows.append(row | {"arm": arm, "final": curve[-1], "curve": curve})
     if arm == "fixed":
-        rows.append(
-            row
-            | {
-                "arm": "read_once",
-                "start": start,
-                "final": read_off(problem, state, em_passes(settings)),
-            }
-        )
+        rows.append(row | {"arm": "read_once", "final": read_off(problem, state, set_)})
     return rows
 
 

@@ -28,7 +28,6 @@ ARMS = {
     "em_literal": "EM, the paper's literal loop",
     "em_one_start": "EM from the first random draw (VCD) instead of the best of 16",
     "em_lenient": "EM that takes masks of 0.9 of the present contrast",
-    "em_averaged": "the same with the mean of all rounds' maps",
     "em_no_crf": "EM without CRF",
     "em_no_attention_loss": "EM without the attention loss",
     "em_no_masked_loss": "EM without the masked loss",
