@@ -207,24 +207,32 @@ def main_inputs() -> list[Any]:
 
 def advanced_inputs() -> list[Any]:
     """Return the inputs that few users change; 0 or "auto" mostly means the value that suits the model."""
+    return [*token_inputs(), *mask_inputs(), *joint_inputs()]
 
-    def number(name: str, tooltip: str, most: float = 1.0, step: float = 1e-6) -> Any:
-        return io.Float.Input(
-            name, default=0.0, min=0.0, max=most, step=step, round=False, optional=True,
-            tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
-        )  # fmt: skip
 
-    def count(name: str, tooltip: str, most: int, step: int = 1) -> Any:
-        return io.Int.Input(
-            name, default=0, min=0, max=most, step=step, optional=True,
-            tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
-        )  # fmt: skip
+def number(name: str, tooltip: str, most: float = 1.0, step: float = 1e-6) -> Any:
+    """An advanced number input; 0 uses what suits the model."""
+    return io.Float.Input(
+        name, default=0.0, min=0.0, max=most, step=step, round=False, optional=True,
+        tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
+    )  # fmt: skip
 
+
+def count(name: str, tooltip: str, most: int, step: int = 1) -> Any:
+    """An advanced input of a whole number; 0 uses what suits the model."""
+    return io.Int.Input(
+        name, default=0, min=0, max=most, step=step, optional=True,
+        tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
+    )  # fmt: skip
+
+
+def token_inputs() -> list[Any]:
+    """Return the advanced inputs for learning tokens."""
     return [
         count(
             "vectors",
-            "How many word-sized pieces (token vectors) describe each concept. Raise it for "
-            "subjects with a lot of detail.",
+            "How many word-sized pieces (token vectors) describe each concept. More hold more "
+            "detail, and may make the rest of a prompt count less.",
             32,
         ),
         count(
@@ -255,6 +263,12 @@ def advanced_inputs() -> list[Any]:
             tooltip="Keeps each token's attention close to that of the prompt's end, which limits overfitting "
             "(ViCo's end-of-text regulariser). 0 is off; ViCo uses 0.0005.", **ADVANCED,
         ),
+    ]  # fmt: skip
+
+
+def mask_inputs() -> list[Any]:
+    """Return the advanced inputs for finding masks."""
+    return [
         count(
             "e_step_every",
             "How many training steps pass between updates of the masks. Lower it to update "
@@ -283,6 +297,12 @@ def advanced_inputs() -> list[Any]:
             tooltip="Mirror pictures at random while learning. Leave it off for asymmetric subjects, such as "
             "lettering.", **ADVANCED,
         ),
+    ]  # fmt: skip
+
+
+def joint_inputs() -> list[Any]:
+    """Return the advanced inputs for the joint phase."""
+    return [
         count("joint_steps", "How many training steps the joint phase takes.", 20000),
         number(
             "joint_learning_rate",

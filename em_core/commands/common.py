@@ -31,7 +31,8 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="demo",
-        help="demo, a diffusers pipeline folder, or a .safetensors checkpoint (default: %(default)s)",
+        help="demo, a diffusers pipeline folder, a .safetensors checkpoint, or a name on the model hub "
+        "(default: %(default)s)",
     )
     add_device(parser)
 
@@ -51,7 +52,7 @@ def load_host(model: str, device: str = "cpu") -> DiffusersHost:
     """
     quiet_libraries()
     place = torch_device(device)
-    return DiffusersHost.load(model_path() if model == "demo" else Path(model), place)
+    return DiffusersHost.load(model_path() if model == "demo" else model, place)
 
 
 def torch_device(name: str) -> torch.device:

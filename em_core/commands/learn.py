@@ -47,6 +47,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="one prompt per picture, or one for all, such as: a photo of <rex:dog> on grass",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    add_em_options(parser)
+    add_joint_options(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run that was stopped in --out"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_model(parser)
+    parser.set_defaults(run=run_command)
+
+
+def add_em_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the EM loop."""
     parser.add_argument(
         "--mode",
         choices=("em", "fixed", "given", "none"),
@@ -85,6 +97,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="learning rate of the token vectors (default: what suits the model)",
     )
     parser.add_argument(
+        "--literal",
+        action="store_true",
+        help="run the paper's own loop, with an E-step after every step",
+    )
+    parser.add_argument(
+        "--no-crf", action="store_true", help="do not refine masks with the DenseCRF"
+    )
+
+
+def add_joint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the joint phase."""
+    parser.add_argument(
         "--joint",
         choices=("none", "lora", "cross_attention", "full"),
         default="none",
@@ -107,20 +131,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=0.0,
         help="weight of prior preservation in the joint phase; 0 is off (default: %(default)s)",
     )
-    parser.add_argument(
-        "--literal",
-        action="store_true",
-        help="run the paper's own loop, with an E-step after every step",
-    )
-    parser.add_argument(
-        "--no-crf", action="store_true", help="do not refine masks with the DenseCRF"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run that was stopped in --out"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    add_model(parser)
-    parser.set_defaults(run=run_command)
 
 
 def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, JointSettings]:
