@@ -13,7 +13,8 @@
 - `learning(host, examples)` is the same step by step: iterate over it for events, then ask it for
   `concepts()`.
 - `find_masks(host, picture, prompt, concepts)` finds masks of words or learned concepts without
-  learning anything; `refine_masks(picture, masks)` lets masks follow the picture's edges.
+  learning anything; `refine_masks(picture, masks)` makes masks follow the picture's edges.
+  `read_picture(path)` and `read_mask(path)` read files as these take them.
 - `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
   (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
   source of every value.
@@ -29,6 +30,7 @@ from .hosts.diffusers import DiffusersHost
 from .masks.crf import CRFSettings
 from .masks.settings import MaskSettings
 from .method.loop import StepEvent
+from .pictures import read_mask, read_picture
 from .presets import em_settings, joint_settings
 from .prompts import ConceptPrompt
 from .runs.concept_set import ConceptSet
@@ -57,5 +59,7 @@ __all__ = [
     "joint_settings",
     "learn_concepts",
     "learning",
+    "read_mask",
+    "read_picture",
     "refine_masks",
 ]

@@ -17,7 +17,7 @@ Picture = Float[Tensor, "3 H W"]
 MAX_PIXELS = 64_000_000
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path | str) -> Image.Image:
     """Open and decode an image, rotated as its EXIF data says.
 
     Raises:
@@ -47,7 +47,7 @@ def open_image(path: Path) -> Image.Image:
         ) from error
 
 
-def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
+def read_picture(path: Path | str) -> Float[Tensor, "3 H W"]:
     """Read a picture as RGB in 0..1.
 
     Alpha is composited over white; 16-bit and floating-point greys keep their full range.
@@ -67,7 +67,7 @@ def read_picture(path: Path) -> Float[Tensor, "3 H W"]:
     return from_image(image)
 
 
-def read_mask(path: Path) -> Bool[Tensor, "H W"]:
+def read_mask(path: Path | str) -> Bool[Tensor, "H W"]:
     """Read a mask: where the first channel is over half of its range.
 
     The range is up to 1 if no value is larger, otherwise that of 8 or 16 bits.
