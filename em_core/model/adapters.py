@@ -52,7 +52,9 @@ def trainable_lora(
 def trainable_weights(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> Iterator[TrainableParts]:
-    """The model's own weights, learned on copies of `values` or of what they are.
+    """The model's own weights, learned in the tensors of `values` or in copies of what they are.
+
+    `values` are not copied, since they may fill much of the memory.
 
     Raises:
         UserError: they are too coarse for the small steps of training.
@@ -63,8 +65,11 @@ def trainable_weights(
             f"Whole weights are learned in float32, got {', '.join(coarse)}. Load the model in "
             "float32, or learn a LoRA."
         )
-    copies = {n: values.get(n, p).detach().to(p.device).clone() for n, p in parameters.items()}
-    with exchanged(parameters, copies) as own:
+    learning = {
+        name: values[name].detach().to(p.device) if name in values else p.detach().clone()
+        for name, p in parameters.items()
+    }
+    with exchanged(parameters, learning) as own:
         for p in parameters.values():
             p.requires_grad_(True)
         yield TrainableParts(
