@@ -136,6 +136,23 @@ def compare_outputs(host_module: Any, concepts: Any, plain: Any, loaded: Any, pr
     effect, error = (ours - without).abs().max(), (ours - stock).abs().max()
     assert effect > 1e-3, f"the weights do nothing ({effect:.1e})"
     assert error < 0.02 * effect, f"loaded differs by {error:.1e}, the effect is {effect:.1e}"
+    stock_host.release()
+    check_reading(host_module.ComfyHost(plain), concepts, prompt, (Z, t), stock, without)
+
+
+def check_reading(
+    reader: Any, concepts: Any, prompt: Any, noisy: Any, stock: Any, without: Any
+) -> None:
+    """A host that only reads the user's model applies the weights as the loader does, and no longer."""
+
+    def predict() -> torch.Tensor:
+        encoded = reader.encode_prompts([prompt] * 2, concepts.vectors)
+        return reader.predict(*noisy, encoded).clone()
+
+    with reader.applied(concepts.weights, concepts.lora_scale):
+        torch.testing.assert_close(predict(), stock)
+    torch.testing.assert_close(predict(), without, atol=1e-4, rtol=1e-4)
+    reader.release()
 
 
 def applied(host: Any, concepts: Any) -> Any:
