@@ -27,6 +27,7 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
+        os.chmod(aside, usual_mode())  # safetensors makes files that their owner alone can read
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -35,6 +36,13 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if os.path.isfile(aside):
             os.unlink(aside)
+
+
+def usual_mode() -> int:
+    """Return the permissions of a new file under the process's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..demo import model_path
 from ..errors import UserError
 from ..examples import Example, NamedMasks
 from ..files import write_text
 from ..hosts.diffusers import DiffusersHost
+from ..hosts.loading import torch_device
 from ..method.loop import StepEvent
 from ..method.state import RunState
 from ..pictures import read_mask, read_picture
@@ -53,20 +52,6 @@ def load_host(model: str, device: str = "cpu") -> DiffusersHost:
     quiet_libraries()
     place = torch_device(device)
     return DiffusersHost.load(model_path() if model == "demo" else model, place)
-
-
-def torch_device(name: str) -> torch.device:
-    """Return the torch device of this name.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"No device {name!r} on this machine. Expected cpu, or cuda if it has an NVIDIA GPU."
-        ) from error
 
 
 def require_folder(out: Path) -> None:

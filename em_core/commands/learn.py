@@ -23,7 +23,7 @@ from ..show.metrics import metrics
 from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
 
-STATE = "state.safetensors"
+STATE, CONCEPTS = "state.safetensors", "concepts.safetensors"
 EXAMPLE = """example:
   python -m em_core scene --seed 3 --out output/scene
   python -m em_core learn --image output/scene/image.png \\
@@ -51,6 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_joint_options(parser)
     parser.add_argument(
         "--resume", action="store_true", help="continue the run that was stopped in --out"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the concepts of a finished run in --out"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_model(parser)
@@ -154,6 +157,8 @@ def run_command(args: argparse.Namespace) -> int:
     load_matplotlib()
     state_file = args.out / STATE
     require_state(state_file, expected=args.resume)
+    if not args.overwrite and not args.resume:
+        require_no_concepts(args.out / CONCEPTS)
     if args.mode == "given" and not args.masks:
         raise UserError(
             "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
@@ -198,9 +203,22 @@ def require_state(file: Path, *, expected: bool) -> None:
         )
 
 
+def require_no_concepts(file: Path) -> None:
+    """Refuse to replace the concepts of a finished run.
+
+    Raises:
+        UserError: the file is there.
+    """
+    if file.is_file():
+        raise UserError(
+            f"{file.parent} holds the concepts of a finished run. Choose another folder with --out, or "
+            "replace them with --overwrite."
+        )
+
+
 def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:
     """Write concepts.safetensors, mask_<concept>.png, curves.png and metrics.json."""
-    conclude(problem, state).save(out / "concepts.safetensors")
+    conclude(problem, state).save(out / CONCEPTS)
     if problem.settings.mode != "none":
         write_masks(problem, state, out)
     plot_curves(state.curves, out / "curves.png")

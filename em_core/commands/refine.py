@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..hosts.loading import torch_device
 from ..masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..masks.crf.pydensecrf_backend import load
 from ..masks.resizing import resize
 from ..pictures import read_mask, read_picture, save_mask
-from .common import add_device, require_folder, torch_device
+from .common import add_device, require_folder
 
 EXAMPLE = """examples:
   python -m em_core refine --image photo.png --mask mask_cat.png mask_dog.png --out output/refined

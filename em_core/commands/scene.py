@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..demo.scenes import SETS, concept_scene, write_scene
+from .common import require_folder
 
 _DESCRIPTION = """\
 Render a 64 x 64 picture of objects that the demo model has not seen, with their true masks.
@@ -37,5 +38,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render the scene of `args.seed` and `args.set` into the folder `args.out`."""
+    require_folder(args.out)
     write_scene(concept_scene(args.seed, args.set), args.out)
     return 0

@@ -35,7 +35,7 @@ from ..model.vectors import random_vectors, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors, require_known
 from ..runs.concept_set import ConceptSet
 from ..settings import WeightKind
-from .loading import load_pipeline, require_plain_model
+from .loading import load_pipeline, require_plain_model, torch_device
 
 SD2_WIDTH = 1024
 ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
@@ -122,7 +122,8 @@ class DiffusersHost:
         known = (
             frozenset(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
         )
-        return cls(load_pipeline(source), device, known, dtype)
+        place = torch_device(str(device))
+        return cls(load_pipeline(source), place, known, dtype)
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size)

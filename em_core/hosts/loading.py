@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError
@@ -64,3 +65,17 @@ def require_plain_model(unet: Any, text_encoder: Any) -> None:
             f"and the text encoder's width of {text}, got {channels} channels and a width of {width}. "
             "Use a model that is neither an inpainting model nor SDXL."
         )
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the torch device of this name.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"No device {name!r} on this machine. Expected cpu, or cuda if it has an NVIDIA GPU."
+        ) from error

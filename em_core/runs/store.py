@@ -19,8 +19,8 @@ class RunStore:
     It holds at most 64 files and 2 GB; the files that have been unused the longest are deleted first.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
 
     def state(self, key: str) -> StateFile:
         """Return the file in which the state of an unfinished run is kept."""

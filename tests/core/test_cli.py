@@ -303,3 +303,20 @@ def test_help_has_an_example(capsys, command: str) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0 and "python -m em_core " + command in capsys.readouterr().out
+
+
+def test_finished_concepts_are_not_replaced_unasked(tmp_path: Path, scene: Path, capsys) -> None:
+    kept = tmp_path / "concepts.safetensors"
+    kept.write_bytes(b"kept")
+    prompt = (scene / "prompt.txt").read_text().strip()
+    command = ["learn", "--image", str(scene / "image.png"), "--prompt", prompt, "--quiet"]
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "holds the concepts of a finished run" in capsys.readouterr().err
+    assert kept.read_bytes() == b"kept"
+    assert main([*command, "--out", str(tmp_path), "--steps", "1", "--overwrite"]) == 0
+    assert set(ConceptSet.load(kept).names) == {"rex", "doll"}
+
+
+def test_a_scene_into_a_folder_that_cannot_be_made(capsys) -> None:
+    assert main(["scene", "--seed", "1", "--out", "/proc/nothing"]) == 2
+    assert "Choose a writable folder" in capsys.readouterr().err

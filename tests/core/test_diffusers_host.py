@@ -383,3 +383,9 @@ def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No model at"):
         DiffusersHost.load(tmp_path / "model.ckpt")
     assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_here() -> None:
+    with pytest.raises(UserError, match="No device 'cuda' on this machine"):
+        DiffusersHost.load(model_path(), device="cuda")

@@ -111,3 +111,11 @@ def test_bad_files(tmp_path: Path, spoil, says: str) -> None:
     spoil(file)
     with pytest.raises(UserError, match=says):
         read_tensors(file, "kind 1")
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    """A server or a person of another account reads exports where other files are readable."""
+    plain, ours = tmp_path / "plain", tmp_path / "ours.safetensors"
+    plain.write_text("")
+    write_tensors(ours, {"x": torch.zeros(2)}, "kind", {})
+    assert ours.stat().st_mode == plain.stat().st_mode
