@@ -95,7 +95,7 @@ def read_off(problem: Problem, state: RunState, set_: str) -> float:
 
 @lru_cache
 def demo_host() -> DiffusersHost:
-    """The demo model, loaded once a process; no arm here changes it."""
+    """The demo model, loaded once in each process; no arm changes it."""
     return load_host("demo")
 
 
