@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from equality import differences
+from whole_runs import JOINT, finish
 
 from em_core.errors import UserError
 from em_core.examples import Example
@@ -31,17 +32,8 @@ from em_core.model.layers import finest_size, mask_layers
 from em_core.model.schedules import VariancePreserving
 from em_core.presets import literal
 from em_core.prompts import ConceptPrompt, ConceptVectors
-from em_core.runs.concept_set import ConceptSet, conclude
-from em_core.runs.runner import finished, run
-from em_core.settings import EMSettings, JointSettings
-
-JOINT = JointSettings(steps=4, learning_rate=1e-3)
-
-
-def finish(problem: Problem) -> tuple[RunState, ConceptSet]:
-    state = run(problem, initialise(problem))
-    assert finished(problem, state)
-    return state, conclude(problem, state)
+from em_core.runs.runner import run
+from em_core.settings import EMSettings
 
 
 def seeded(seed: int = 0) -> torch.Generator:

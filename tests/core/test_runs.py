@@ -10,6 +10,7 @@ import pytest
 import torch
 from equality import differences
 from safetensors.torch import load_file
+from whole_runs import JOINT, finish
 
 from em_core import (
     ConceptSet,
@@ -33,7 +34,7 @@ from em_core.masks.resizing import cut, resize
 from em_core.method import e_step
 from em_core.method.loop import StepEvent, learn
 from em_core.method.maps import attention_masks
-from em_core.method.problem import Problem, prepare, prepare_picture
+from em_core.method.problem import prepare, prepare_picture
 from em_core.method.start import initialise, known_vectors
 from em_core.method.state import RunState
 from em_core.model.adapters import init_lora
@@ -43,14 +44,6 @@ from em_core.runs.concept_set import conclude
 from em_core.runs.key import model_digest, run_key
 from em_core.runs.runner import finished, run
 from em_core.runs.state_file import KIND, StateFile
-
-JOINT = JointSettings(steps=4, learning_rate=1e-3)
-
-
-def finish(problem: Problem) -> tuple[RunState, ConceptSet]:
-    state = run(problem, initialise(problem))
-    assert finished(problem, state)
-    return state, conclude(problem, state)
 
 
 def same(a: ConceptSet, b: ConceptSet) -> bool:
