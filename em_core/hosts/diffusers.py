@@ -47,15 +47,11 @@ def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
 
 
-@contextmanager
-def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
+def record_attention(
+    unet: nn.Module, recorder: AttentionRecorder
+) -> AbstractContextManager[AttentionRecorder]:
     """Let `recorder` see a diffusers UNet's cross-attention while the context is open."""
-    modules = cross_attention_modules(unet)
-    projections = {
-        name: (module.to_q, module.to_k, module.heads) for name, module in modules.items()
-    }
-    with listening(recorder, projections):
-        yield recorder
+    return listening(recorder, cross_attention_modules(unet))
 
 
 def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
@@ -212,10 +208,10 @@ class DiffusersHost:
         dtype = self.unet.dtype
         return self.unet(Z_t.to(dtype), t, conditioning.inputs["y"].to(dtype)).sample.float()
 
-    @contextmanager
-    def record_attention(self, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
-        with record_attention(self.unet, recorder):
-            yield recorder
+    def record_attention(
+        self, recorder: AttentionRecorder
+    ) -> AbstractContextManager[AttentionRecorder]:
+        return record_attention(self.unet, recorder)
 
     def initial_vectors(
         self, words: str, count: int | None, generator: torch.Generator
@@ -245,16 +241,19 @@ class DiffusersHost:
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
         """Map paths to the keys and values of cross-attention, or to all weights but the token table."""
+        named = self.named_weights()
+        if kind == "cross_attention":
+            return {name: weight for name, weight in named.items() if KEYS_AND_VALUES.search(name)}
         table = self.text_encoder.get_input_embeddings().weight
-        named = {
+        return {name: weight for name, weight in named.items() if weight is not table}
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Map paths to all weights of the UNet and the text encoder."""
+        return {
             f"{root}.{name}": weight
             for root, module in self.modules()
             for name, weight in module.named_parameters()
-            if weight is not table
         }
-        if kind == "cross_attention":
-            return {name: weight for name, weight in named.items() if KEYS_AND_VALUES.search(name)}
-        return named
 
     def trainable(
         self,
@@ -269,14 +268,9 @@ class DiffusersHost:
         return trainable_weights(self.weights(kind), values)
 
     def identity(self) -> ModelIdentity:
-        named = {
-            f"{root}.{name}": weight
-            for root, module in self.modules()
-            for name, weight in module.named_parameters()
-        }
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
-        return ModelIdentity.of_weights(family, {self.encoder: width}, named)
+        return ModelIdentity.of_weights(family, {self.encoder: width}, self.named_weights())
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:

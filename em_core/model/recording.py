@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -72,13 +73,14 @@ class AttentionRecorder:
 
 @contextmanager
 def listening(
-    recorder: AttentionRecorder, projections: Mapping[str, tuple[nn.Module, nn.Module, int]]
+    recorder: AttentionRecorder, modules: Mapping[str, Any]
 ) -> Iterator[AttentionRecorder]:
     """Let `recorder` see the queries and keys of cross-attention layers while the context is open.
 
-    `projections` gives each layer's modules of queries and of keys, and its number of heads. Their
-    outputs are listened to, so attention kernels, processors and LoRAs stay as they are, and no
-    projection is computed twice. All hooks are gone afterwards, also after an exception.
+    `modules` gives each layer's attention, with its projections `to_q` and `to_k` and its number of
+    `heads`. The projections' outputs are listened to, so attention kernels, processors and LoRAs stay
+    as they are, and no projection is computed twice. All hooks are gone afterwards, also after an
+    exception.
     """
     queries: dict[str, Tensor] = {}
 
@@ -90,10 +92,11 @@ def listening(
 
     handles = []
     try:
-        for name, (to_q, to_k, heads) in projections.items():
+        for name, module in modules.items():
             if recorder.wants(name):
-                handles.append(to_q.register_forward_hook(partial(on_query, name)))
-                handles.append(to_k.register_forward_hook(partial(on_key, name, heads)))
+                on_keys = partial(on_key, name, module.heads)
+                handles.append(module.to_q.register_forward_hook(partial(on_query, name)))
+                handles.append(module.to_k.register_forward_hook(on_keys))
         yield recorder
     finally:
         for handle in handles:

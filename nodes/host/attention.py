@@ -1,7 +1,6 @@
 """Cross-attention of ComfyUI's UNet: listing its layers and listening to them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from comfy.ldm.modules.attention import CrossAttention
@@ -51,12 +50,8 @@ def has(block: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in block.modules())
 
 
-@contextmanager
-def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
+def record_attention(
+    unet: nn.Module, recorder: AttentionRecorder
+) -> AbstractContextManager[AttentionRecorder]:
     """Let `recorder` see the queries and keys of the UNet's cross-attention while the context is open."""
-    modules = cross_attention_modules(unet)
-    projections = {
-        name: (module.to_q, module.to_k, module.heads) for name, module in modules.items()
-    }
-    with listening(recorder, projections):
-        yield recorder
+    return listening(recorder, cross_attention_modules(unet))

@@ -185,10 +185,10 @@ class ComfyHost:
         )
         return {"y": y.to(self.device)}
 
-    @contextmanager
-    def record_attention(self, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
-        with record_attention(self.unet, recorder):
-            yield recorder
+    def record_attention(
+        self, recorder: AttentionRecorder
+    ) -> AbstractContextManager[AttentionRecorder]:
+        return record_attention(self.unet, recorder)
 
     def initial_vectors(
         self, words: str, count: int | None, generator: torch.Generator

@@ -1,6 +1,5 @@
 """Fulfil a request to learn: reuse a finished run, or train within the available memory."""
 
-import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +55,7 @@ def fulfil(request: Request) -> ConceptSet:
             plans[0].name, plans[0].batch, request.em.batch,
         )  # fmt: skip
     acting = f"{KEY_VERSION} {plans[0].name} {models_digest(request.models)}"
-    model = hashlib.sha256(acting.encode()).hexdigest()
-    key = run_key(model, request.examples, request.em, request.joint)
+    key = run_key(acting, request.examples, request.em, request.joint)
     found = store.finished(key)
     if found is not None:
         logging.info(
