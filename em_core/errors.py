@@ -10,6 +10,14 @@ class UserError(ValueError):
     """An error whose message tells the user what is wrong, what was expected, and what to do."""
 
 
+class Notice(UserWarning):
+    """A warning whose message tells the user what they should know."""
+
+
+class StoreWarning(Notice):
+    """Something could not be kept for later; the run itself is not affected."""
+
+
 class TrainingError(RuntimeError):
     """Training could not continue; the last good state is kept."""
 

@@ -1,9 +1,19 @@
-"""Files on disk: safetensors with a JSON description, written to a temporary file and then renamed."""
+"""Files on disk: safetensors with a JSON description, written to a temporary file and then renamed.
 
+Each holds a SHA-256 of its tensors and its description, which is checked when it is read: safetensors
+itself notices that a file is cut, but not that a bit of it has changed.
+"""
+
+import errno
+import hashlib
 import json
 import os
 import secrets
+import stat
+import time
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError
+from .errors import Notice, UserError
 
-DESCRIPTION = "visual_concepts"
+DESCRIPTION, CHECKSUM = "visual_concepts", "sha256"
+NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some network folders have none
+REPLACE_TRIES, REPLACE_SECONDS, READ_TRIES = 5, 0.05, 10
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file next to `path`, then rename it, so that `path` is complete or unchanged.
+
+    The content is on the disk before the name is, so that this also holds if the power fails.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -27,15 +41,50 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
+        flush_to_disk(aside)
         os.chmod(aside, usual_mode())  # safetensors makes files that their owner alone can read
-        os.replace(aside, path)
+        replace_file(aside, path)
+        with suppress(OSError):  # Windows opens no folders; the file itself is safe by now
+            flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"Could not write {path}: {error}. Choose a writable folder with enough free space."
         ) from error
     finally:
-        if os.path.isfile(aside):
+        with suppress(OSError):
             os.unlink(aside)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk itself.
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file over another, waiting a moment for who just reads that one (which Windows minds).
+
+    Raises:
+        OSError: the target is in use for longer, or cannot be written.
+    """
+    for left in reversed(range(REPLACE_TRIES)):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if left == 0:
+                raise
+            time.sleep(REPLACE_SECONDS)
 
 
 def usual_mode() -> int:
@@ -60,16 +109,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    kind: str,
-    plain: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
+    path: Path, tensors: Mapping[str, Tensor], kind: str, plain: Mapping[str, Any]
 ) -> None:
-    """Write tensors and JSON values as one safetensors file of the given kind."""
-    description = json.dumps({"kind": kind, **plain})
+    """Write tensors and JSON values as one safetensors file of the given kind.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
     clean = {name: own_copy(tensor.detach()) for name, tensor in tensors.items()}
-    header = {DESCRIPTION: description, **(metadata or {})}
+    described = {"kind": kind, **plain}
+    described[CHECKSUM] = checksum(clean, described)
+    # One text alone: safetensors writes several in any order, and equal files ought to be equal.
+    header = {DESCRIPTION: json.dumps(described)}
     write_aside(path, lambda aside: save_file(clean, aside, metadata=header))
 
 
@@ -79,49 +130,149 @@ def own_copy(tensor: Tensor) -> Tensor:
     return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as bytes, in the order of its indices."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def checksum(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of the tensors' names, types, shapes and values, and of the JSON values."""
+    digest = hashlib.sha256(json.dumps(described).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def read_tensors(
+    path: Path, kind: str, unchecked: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and JSON values of a file that :func:`write_tensors` wrote.
 
+    The tensors are in memory of their own: on Windows, a file that is still mapped can be neither
+    replaced nor deleted.
+
+    Args:
+        path: the file.
+        kind: the kind it must be of.
+        unchecked: a kind from before there were checksums; a file of this kind is read with a warning.
+
     Raises:
-        UserError: the file does not exist, is not safetensors, is truncated, is of a different kind,
-            or has values that are not finite.
+        UserError: the file does not exist, is not safetensors, is cut or damaged, is of a different
+            kind, or has values that are not finite.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a complete safetensors file ({error}). It may be truncated, or in a different "
-            "format under this name; pickled files are never opened. Save it again."
-        ) from error
-    plain = described(path, header, kind)
-    broken = sorted(
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    )
-    if broken:
-        raise UserError(
-            f"{path} is damaged: it has values that are not finite in {broken[0]}. Save it again."
-        )
+    header, tensors = read_safetensors(path, kind)
+    plain = describe(path, header, kind, unchecked)
+    require_checksum(path, tensors, plain, optional=plain["kind"] == unchecked)
+    require_finite(path, tensors)
+    del plain["kind"]
     return tensors, plain
 
 
-def described(path: Path, header: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """Return the JSON values in a file's header.
+def read_description(path: Path, kind: str) -> dict[str, Any]:
+    """Read the JSON values of a file alone, without its tensors and without checking them.
+
+    Raises:
+        UserError: the file does not exist, is not safetensors, or is of a different kind.
+    """
+    return describe(path, read_safetensors(path, kind, tensors=False)[0], kind, None)
+
+
+def read_safetensors(
+    path: Path, kind: str, *, tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the texts in a file's header and copies of its tensors, or none if not asked for.
+
+    safetensors opens a file by its name twice. If another process replaces it in between, what was read
+    is of neither file, so it is read again.
+
+    Raises:
+        UserError: the file does not exist or is not safetensors.
+    """
+    for left in reversed(range(READ_TRIES)):
+        before = state_on_disk(path)
+        if before is None:
+            raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys() if tensors else ()
+                read = file.metadata() or {}, {n: file.get_tensor(n).clone() for n in names}
+            if state_on_disk(path) == before:
+                return read
+        except UNREADABLE as error:
+            if left == 0 or state_on_disk(path) == before:
+                raise UserError(
+                    f"{path} is not a complete safetensors file ({error}). It may be cut off, or in a "
+                    "different format under this name; pickled files are never opened. Save it again."
+                ) from error
+    raise UserError(f"{path} is being written all the time. Wait until that has ended.")
+
+
+def state_on_disk(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is replaced or written to; None if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    same = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return same if stat.S_ISREG(status.st_mode) else None
+
+
+# What safetensors raises of headers that are wrong in one way or another, besides its own error.
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError)
+
+
+def require_checksum(
+    path: Path, tensors: Mapping[str, Tensor], plain: dict[str, Any], *, optional: bool
+) -> None:
+    """Refuse a file that is not as it was written; the checksum is taken out of `plain`.
+
+    Raises:
+        UserError: the checksum is wrong, or there is none though it is not `optional`.
+    """
+    written = plain.pop(CHECKSUM, None)
+    if written is None and optional:
+        warnings.warn(
+            f"{path} has no checksum, since it was saved by an older version: if it was damaged since, "
+            "that goes unnoticed. Save it again.",
+            Notice,
+            stacklevel=4,
+        )
+    elif written != checksum(tensors, plain):
+        raise UserError(
+            f"{path} is damaged: its checksum is not that of its content. Take a copy of it, or save it "
+            "again."
+        )
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values that are NaN or infinite.
+
+    Raises:
+        UserError: there are such values; the message names the first tensor that has one.
+    """
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise UserError(
+                f"{path} is damaged: it has values that are not finite in {name}. Save it again."
+            )
+
+
+def describe(
+    path: Path, header: Mapping[str, str], kind: str, unchecked: str | None
+) -> dict[str, Any]:
+    """Return the JSON values in a file's header, its kind among them.
 
     Raises:
         UserError: the file is of a different kind.
     """
     try:
         plain = json.loads(header.get(DESCRIPTION, "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # long numbers, and lists in lists, in a damaged header
         plain = {}
-    found = plain.pop("kind", None) if isinstance(plain, dict) else None
-    if found != kind:
+    found = plain.get("kind") if isinstance(plain, dict) else None
+    if found is None or found not in (kind, unchecked):
         what = f"a {found} file" if found else "some other safetensors file"
         raise UserError(f"{path} is {what}. Expected a {kind} file.")
     return plain

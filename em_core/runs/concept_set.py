@@ -1,8 +1,9 @@
 """The result of a run: a value that can be saved, loaded, and applied to a model by its host."""
 
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Notice, UserError
+from ..examples import Example
 from ..files import read_tensors, write_tensors
 from ..method.joint import learned_weights
 from ..method.problem import Problem
@@ -18,8 +20,10 @@ from ..method.state import Curves, RunState
 from ..model.identity import ModelIdentity
 from ..prompts import Concept
 from ..settings import to_json
+from .truth import last_iou, truth_digest, without_iou
 
-KIND = "visual-concepts concepts 1"
+KIND = "visual-concepts concepts 2"
+WITHOUT_CHECKSUM = "visual-concepts concepts 1"
 SAME_WEIGHTS = 0.02
 
 
@@ -37,6 +41,7 @@ class ConceptSet:
         masks: per picture, concept -> mask at the training size.
         settings: the run's settings as JSON values.
         curves: name -> [(step, value)].
+        truth: digest of the true masks that the IoU curves compare with, "" if there were none.
     """
 
     concepts: tuple[Concept, ...]
@@ -48,6 +53,7 @@ class ConceptSet:
     masks: tuple[Mapping[str, Bool[Tensor, "_ _"]], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
+    truth: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,23 +86,26 @@ class ConceptSet:
             "prompts": self.prompts,
             "settings": self.settings,
             "curves": self.curves,
+            "truth": self.truth,
         }
         write_tensors(Path(path), tensors, KIND, plain)
 
     @classmethod
     def load(cls, path: Path | str) -> "ConceptSet":
-        """Read a concept file.
+        """Read a concept file; one from before there were checksums is read with a warning.
 
         Raises:
             UserError: the file does not exist, is damaged, is of a different kind, or is incomplete.
         """
-        tensors, plain = read_tensors(Path(path), KIND)
+        tensors, plain = read_tensors(Path(path), KIND, WITHOUT_CHECKSUM)
         try:
-            return cls.from_parts(tensors, plain)
-        except (KeyError, TypeError, ValueError) as error:
+            found = cls.from_parts(tensors, plain)
+            found.require_whole(tensors)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{path} is an incomplete concept file ({error!r}). Save it again."
             ) from error
+        return found
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], plain: dict[str, Any]) -> "ConceptSet":
@@ -125,7 +134,57 @@ class ConceptSet:
                 name: tuple((step, value) for step, value in points)
                 for name, points in plain["curves"].items()
             },
+            truth=plain.get("truth", ""),
         )
+
+    def require_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check what was read from a file that has no checksum to vouch for it.
+
+        Raises:
+            ValueError: a value is of the wrong type or shape, or a tensor of the file has no place here.
+        """
+        count = 1 + sum(map(len, self.vectors.values())) + len(self.weights)
+        count += sum(map(len, self.masks))
+        fine = {
+            "concepts": len(set(self.names)) == len(self.names) and count == len(tensors),
+            "encoders": all(
+                type(width) is int and v[encoder].ndim == 2 and v[encoder].shape[1] == width
+                for v in self.vectors.values()
+                for encoder, width in self.identity.encoders.items()
+            ),
+            "vectors": all(is_real(v) for of in self.vectors.values() for v in of.values()),
+            "weights": all(is_real(weight) for weight in self.weights.values()),
+            "masks": all(
+                mask.dtype == torch.bool and mask.ndim == 2 for of in self.masks for mask in of.values()
+            ),
+            "model": is_real(self.identity.sample) and self.identity.sample.ndim == 1,
+            "lora_scale": is_number(self.lora_scale),
+            "words": all(
+                isinstance(text, str)
+                for text in (*(c.words for c in self.concepts), *self.prompts, self.identity.family,
+                             self.identity.architecture, self.truth)
+            ),
+            "settings": isinstance(self.settings, Mapping),
+            "curves": all(
+                type(step) is int and is_number(value)
+                for points in self.curves.values()
+                for step, value in points
+            ),
+        }  # fmt: skip
+        wrong = [what for what, good in fine.items() if not good]
+        if wrong:
+            raise ValueError(f"bad {', '.join(wrong)}")
+
+    def compared(self, examples: Sequence[Example]) -> "ConceptSet":
+        """Return the concepts of a run with IoU curves of these examples' true masks.
+
+        If the run saw other ones, the curves have one point: that of its last masks.
+        """
+        seen = truth_digest(examples)
+        if seen == self.truth:
+            return self
+        again = last_iou(self.curves, self.masks, examples)
+        return replace(self, curves={**without_iou(self.curves), **again}, truth=seen)
 
     def require_fit(self, identity: ModelIdentity, *, any_weights: bool = False) -> None:
         """Refuse a model that the concepts do not fit.
@@ -153,7 +212,15 @@ class ConceptSet:
         )
         if not any_weights:
             raise UserError(message)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, Notice, stacklevel=2)
+
+
+def is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -184,4 +251,5 @@ def conclude(problem: Problem, state: RunState) -> ConceptSet:
         ),
         settings={"em": to_json(problem.settings), "joint": to_json(joint)},
         curves=state.curves,
+        truth=truth_digest([prepared.example for prepared in problem.pictures]),
     )

@@ -1,7 +1,7 @@
 """The state of a run as a file, with every field it has."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_tensors, write_tensors
+from ..files import read_description, read_tensors, write_tensors
 from ..method.state import PictureState, RunState
+from .truth import without_iou
 
-KIND = "visual-concepts run state 2"
+KIND = "visual-concepts run state 3"
 Value = TypeVar("Value")
 TENSOR = "$tensor"  # no name of a concept, encoder or curve starts with "$"
 
@@ -25,10 +26,12 @@ class StateFile:
         path: path of the file.
         key: key of the run, see :func:`em_core.runs.key.run_key`; a state continues only the run that
             it came from.
+        truth: digest of the true masks that its IoU curves compare with.
     """
 
     path: Path
     key: str
+    truth: str = ""
 
     def exists(self) -> bool:
         return self.path.is_file()
@@ -40,11 +43,15 @@ class StateFile:
             UserError: the folder cannot be written to, or the disk is full.
         """
         tensors: dict[str, Tensor] = {}
-        plain = {"key": self.key, "state": flatten(state, "state", tensors)}
+        plain = {
+            "key": self.key,
+            "truth": self.truth,
+            "state": flatten(state, "state", tensors),
+        }
         write_tensors(self.path, tensors, KIND, plain)
 
     def load(self, device: torch.device) -> RunState:
-        """Read the state, with its tensors on `device`.
+        """Read the state, with its tensors on `device`; IoU with other true masks is left out.
 
         Raises:
             UserError: the file is not a state, is damaged, or belongs to a different run.
@@ -52,19 +59,35 @@ class StateFile:
         tensors, plain = read_tensors(self.path, KIND)
         if plain.get("key") != self.key:
             raise UserError(
-                f"{self.path} belongs to a run with other pictures, prompts or settings, or a different model. "
-                "Resume with the same inputs, or start a new run in another folder."
+                f"{self.path} belongs to a run with other pictures, prompts or settings, a different model or "
+                "another version of this package. Resume with the same ones, or start a new run in another "
+                "folder."
             )
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
             values = unflatten(plain["state"], moved)
             pictures = tuple(whole(PictureState, picture) for picture in values.pop("pictures"))
-            return whole(RunState, values | {"pictures": pictures})
+            state = whole(RunState, values | {"pictures": pictures})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path} does not hold the whole state of a run ({error!r}). It is "
                 "damaged or from a different version. Delete it and start the run again."
             ) from error
+        if plain.get("truth") != self.truth:
+            state = replace(state, curves=without_iou(state.curves))
+        return state
+
+    def holds(self, state: RunState) -> bool:
+        """Return whether the file is there and holds the run as far as `state`."""
+        try:
+            saved = read_description(self.path, KIND)
+        except UserError:
+            return False
+        at = saved.get("state", {})
+        return saved.get("key") == self.key and (at.get("phase"), at.get("step")) == (
+            state.phase,
+            state.step,
+        )
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
