@@ -2,10 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from .commands import demo, generate, learn, masks, refine, scene
-from .errors import OUT_OF_MEMORY, TrainingError, UserError
+from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError
 
 COMMANDS = (demo, scene, learn, masks, generate, refine)
 
@@ -24,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with plain_warnings():
+            return args.run(args)
     except (UserError, TrainingError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -36,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
         return 130
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show what users should know as one line each, without the place in the code it comes from."""
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            sys.stderr.write(f"warning: {message}\n")
+        else:
+            before(message, category, *place, **more)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 if __name__ == "__main__":

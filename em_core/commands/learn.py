@@ -1,8 +1,11 @@
 """`python -m em_core learn`: learn concepts and masks from pictures."""
 
 import argparse
+import secrets
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +17,11 @@ from ..method.start import initialise
 from ..method.state import RunState
 from ..pictures import save_mask
 from ..presets import em_settings, joint_settings, literal
-from ..runs.concept_set import conclude
+from ..runs.concept_set import ConceptSet, conclude
 from ..runs.key import model_digest, run_key
 from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
+from ..runs.truth import truth_digest
 from ..settings import EMSettings, JointSettings
 from ..show.metrics import metrics
 from ..show.plots import load_matplotlib, plot_curves
@@ -74,7 +78,8 @@ def add_em_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         default=[],
-        help="folders of mask_<concept>.png, one per picture, for --mode given",
+        help="folders of mask_<concept>.png, one per picture, for --mode given; each opaque where its concept "
+        "is, or white there if it is opaque throughout",
     )
     parser.add_argument(
         "--truth",
@@ -165,9 +170,9 @@ def run_command(args: argparse.Namespace) -> int:
         )
     examples = read_examples(args.image, args.prompt, args.masks, args.truth)
     host = load_host(args.model, args.device)
-    identity = host.identity()
-    em, joint = settings_of(args, identity.family)
-    file = StateFile(state_file, run_key(model_digest(identity), examples, em, joint))
+    em, joint = settings_of(args, host.identity().family)
+    key = run_key(model_digest(host), examples, em, joint)
+    file = StateFile(state_file, key, truth_digest(examples))
     problem = prepare(host, examples, em, joint)
     started = time.monotonic()
     progress = Progress(args.quiet)
@@ -177,9 +182,10 @@ def run_command(args: argparse.Namespace) -> int:
         state = run(problem, state, [progress], file, stop)
     progress.close()
     if not finished(problem, state):
-        sys.stderr.write(
-            f"Stopped at step {state.step}. To continue, add --resume to the same command.\n"
-        )
+        way = "To continue, add --resume to the same command."
+        if not file.holds(state):
+            way = f"This step could not be saved in {args.out}; --resume continues from the last one that was."
+        sys.stderr.write(f"Stopped at step {state.step}. {way}\n")
         return 130
     write_results(problem, state, args.out, time.monotonic() - started)
     file.remove()
@@ -217,12 +223,39 @@ def require_no_concepts(file: Path) -> None:
 
 
 def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:
-    """Write concepts.safetensors, mask_<concept>.png, curves.png and metrics.json."""
-    conclude(problem, state).save(out / CONCEPTS)
+    """Write concepts.safetensors, mask_<concept>.png, curves.png and metrics.json.
+
+    Raises:
+        UserError: a file cannot be written; the message says where the concepts are.
+    """
+    save_somewhere(conclude(problem, state), out / CONCEPTS)
     if problem.settings.mode != "none":
         write_masks(problem, state, out)
     plot_curves(state.curves, out / "curves.png")
     write_json(out / "metrics.json", metrics(problem, state, seconds))
+
+
+def save_somewhere(concepts: ConceptSet, file: Path) -> None:
+    """Save learned concepts, where possible in the file asked for.
+
+    Raises:
+        UserError: they could not be saved there; the message says where they are instead.
+    """
+    try:
+        concepts.save(file)
+    except UserError as error:
+        other = saved_aside(concepts, f"concepts-{secrets.token_hex(4)}{file.suffix}")
+        where = f" Nothing is lost: the concepts are in {other}." if other else ""
+        raise UserError(f"{error}{where}") from error
+
+
+def saved_aside(concepts: ConceptSet, name: str) -> Path | None:
+    """Save the concepts in the system's folder for temporary files or the user's own, if one takes them."""
+    for folder in (Path(tempfile.gettempdir()), Path.home()):
+        with suppress(UserError):
+            concepts.save(folder / name)
+            return folder / name
+    return None
 
 
 def write_masks(problem: Problem, state: RunState, out: Path) -> None:

@@ -1,34 +1,95 @@
 """A hash of everything a run depends on, so that a result or state belongs to one run alone."""
 
+import functools
 import hashlib
-import json
 from collections.abc import Sequence
-
-import numpy as np
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from ..examples import Example
-from ..model.identity import ModelIdentity
+from ..model.protocol import DiffusionModel
+from ..prompts import ConceptPrompt
 from ..settings import EMSettings, JointSettings, to_json
+from .digest import Digest
+
+CORE = Path(__file__).parents[1]
+ELSEWHERE = ("commands", "demo", "show")  # parts of the core that no run depends on
+IN_NODES = ("host", "learning")
 
 
 def run_key(
     model: str, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
 ) -> str:
-    """Return a hex digest of a model's digest and the pictures, prompts, masks and settings."""
-    digest = hashlib.sha256(model.encode())
-    digest.update(json.dumps([to_json(settings), to_json(joint)], sort_keys=True).encode())
-    for example in examples:
-        digest.update(f"prompt {example.prompt} picture {tuple(example.picture.shape)}".encode())
-        digest.update(np.ascontiguousarray(example.picture.cpu().float().numpy()).tobytes())
-        for kind, masks in (("mask", example.masks), ("truth", example.truth)):
-            for name, mask in sorted(masks.items()):
-                digest.update(
-                    f"{kind} {name} ".encode() + np.packbits(mask.cpu().numpy()).tobytes()
-                )
+    """Return a hex digest of all that acts on a run.
+
+    True masks do not act, since they are only compared with, and masks act in mode "given" alone. White
+    space in prompts does not act either.
+
+    Args:
+        model: digest of the model, such as :func:`model_digest` of its host.
+        examples: pictures, prompts and masks.
+        settings, joint: settings of both phases.
+    """
+    given = settings.mode == "given"
+    inputs = [
+        [
+            example.picture.float(),
+            prompt_parts(example.prompt),
+            dict(sorted(example.masks.items())) if given else {},
+        ]
+        for example in examples
+    ]
+    return (
+        Digest().add([pack_digest(), model, to_json(settings), to_json(joint), inputs]).hexdigest()
+    )
+
+
+def prompt_parts(prompt: ConceptPrompt) -> list[Any]:
+    """Return the words and the concepts of a prompt, in order."""
+    return [
+        part.split() if isinstance(part, str) else (part.name, part.words)
+        for part in prompt.parts
+        if not isinstance(part, str) or part.strip()
+    ]
+
+
+def model_digest(host: DiffusionModel) -> str:
+    """Return a hex digest of a host's model, its schedule and what it predicts.
+
+    Every weight counts where the host has a method `fingerprint` that hashes them; otherwise those that
+    its identity samples.
+
+    Raises:
+        Unreadable: the content of the schedule cannot be read.
+    """
+    identity = host.identity()
+    own = getattr(host, "fingerprint", str)()
+    acting = [
+        identity.family,
+        identity.architecture,
+        dict(identity.encoders),
+        identity.sample.float(),
+        own,
+    ]
+    return Digest().add([*acting, host.schedule, host.image_side, host.image_multiple]).hexdigest()
+
+
+@functools.cache
+def pack_digest() -> str:
+    """Return a hash of this package's version and of the source files that runs depend on."""
+    try:
+        digest = hashlib.sha256(version("visual-concepts").encode())
+    except PackageNotFoundError:  # inside ComfyUI nothing is installed
+        digest = hashlib.sha256()
+    for file in acting_sources(CORE):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
-def model_digest(identity: ModelIdentity) -> str:
-    """Return a hex digest of a model's shapes and of the values that its identity samples."""
-    sample = identity.sample.cpu().float().numpy().tobytes()
-    return hashlib.sha256(identity.architecture.encode() + sample).hexdigest()
+def acting_sources(core: Path) -> list[Path]:
+    """Return the source files that runs depend on, in an order that is the same everywhere."""
+    files = [f for f in core.rglob("*.py") if f.relative_to(core).parts[0] not in ELSEWHERE]
+    if (core.parent / "pyproject.toml").is_file():  # a checkout, or a folder of ComfyUI
+        files += [f for part in IN_NODES for f in (core.parent / "nodes" / part).rglob("*.py")]
+    return sorted(files, key=lambda file: file.relative_to(core.parent).as_posix())

@@ -1,8 +1,10 @@
 """Learn concepts from beginning to end: the library's main entry point."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from ..errors import UserError
+from ..errors import StoreWarning, UserError
 from ..examples import Example
 from ..method.loop import StepEvent
 from ..method.problem import Problem, prepare
@@ -12,6 +14,7 @@ from ..model.protocol import DiffusionModel
 from ..presets import em_settings
 from ..settings import EMSettings, JointSettings
 from .concept_set import ConceptSet, conclude
+from .digest import Unreadable
 from .key import model_digest, run_key
 from .runner import Listener, run, steps
 from .state_file import StateFile
@@ -78,7 +81,8 @@ def learn_concepts(
         settings: settings of the EM loop; None takes the defaults of the model's family.
         joint: settings of the phase that learns tokens and weights together; None skips it.
         listeners: called with the event and the state of every step.
-        store: where finished runs are kept for reuse, and stopped ones to be continued.
+        store: where finished runs are kept for reuse, and stopped ones to be continued. What cannot be
+            kept there is said by a StoreWarning; the concepts are returned all the same.
         key: key of the run in the store; None takes a hash of the model, the examples and the settings.
 
     Raises:
@@ -87,14 +91,15 @@ def learn_concepts(
     """
     settings = settings or em_settings(host.identity().family)
     joint = joint or JointSettings()
-    if store is None:
+    if store is not None and key is None:
+        key = key_or_none(host, examples, settings, joint)
+    if store is None or key is None:
         problem = prepare(host, examples, settings, joint)
         return conclude(problem, run(problem, initialise(problem), listeners))
-    key = key or run_key(model_digest(host.identity()), examples, settings, joint)
-    found = store.finished(key)
+    found = store.finished(key, examples)
     if found is not None:
         return found
-    file = store.state(key)
+    file = store.state(key, examples)
     problem = prepare(host, examples, settings, joint)
     try:
         state = run(problem, state_of(problem, file), listeners, file)
@@ -105,11 +110,28 @@ def learn_concepts(
     return concepts
 
 
+def key_or_none(
+    host: DiffusionModel, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
+) -> str | None:
+    """Return a run's key, or warn and return None if something that acts on it cannot be read."""
+    try:
+        return run_key(model_digest(host), examples, settings, joint)
+    except Unreadable as error:
+        warnings.warn(
+            f"This run is neither looked up nor kept in the store: the model holds {error}, which "
+            "cannot be read.",
+            StoreWarning,
+            stacklevel=3,
+        )
+        return None
+
+
 def state_of(problem: Problem, file: StateFile) -> RunState:
     """Load the state of a stopped run, or start anew if there is no such file or it is damaged."""
     if file.exists():
         try:
             return file.load(problem.host.device)
         except UserError:
-            file.remove()
+            with suppress(OSError):
+                file.remove()
     return initialise(problem)

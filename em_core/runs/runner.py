@@ -2,10 +2,13 @@
 
 import signal
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
+from ..errors import StoreWarning, UserError
 from ..method.joint import learn_joint
 from ..method.loop import Step, StepEvent, learn
 from ..method.problem import Problem
@@ -15,6 +18,45 @@ from .state_file import StateFile
 Listener = Callable[[StepEvent, RunState], None]
 SAVE_SECONDS = 20.0
 SAVE_SHARE = 10  # at most a tenth of the time is spent on writing a large state
+
+
+@dataclass
+class Saving:
+    """Saves a run's state now and then; a save that fails warns, and the run goes on.
+
+    Attributes:
+        file: where the state is saved; None saves nothing.
+    """
+
+    file: StateFile | None
+    at: float = field(default_factory=time.monotonic)
+    took: float = 0.0
+    failing: bool = False
+
+    def due(self) -> bool:
+        """Return whether it is time to save: every 20 seconds, less often if writing takes long."""
+        return time.monotonic() - self.at > max(SAVE_SECONDS, SAVE_SHARE * self.took)
+
+    def save(self, state: RunState) -> None:
+        """Save the state; warn of the first failure, and again once a save has worked in between."""
+        if self.file is None:
+            return
+        began = time.monotonic()
+        try:
+            self.file.save(state)
+        except UserError as error:
+            if not self.failing:
+                warnings.warn(
+                    f"The state of the run was not saved, but it goes on. Stopped now, it would go on from its "
+                    f"last saved step, if there is one. {error}",
+                    StoreWarning,
+                    stacklevel=3,
+                )
+            self.failing = True
+        else:
+            self.failing = False
+        self.at = time.monotonic()
+        self.took = self.at - began
 
 
 def steps(problem: Problem, start: RunState) -> Generator[Step, None, None]:
@@ -44,37 +86,33 @@ def run(
     """Run what is left of both phases, or until `stop` returns True, and return the last state.
 
     The state is saved to `file` every 20 seconds (less often if writing takes long), before the joint
-    phase, and when the run stops for whatever reason: each step happens completely or not at all.
+    phase, and when the run stops for whatever reason: each step happens completely or not at all. Where
+    it cannot be saved there is a StoreWarning.
 
     Raises:
         TrainingError: a loss is not finite; the last good state is in `file`.
     """
-    saved, took = time.monotonic(), 0.0
-    left = steps(problem, state)
+    saving, left = Saving(file), steps(problem, state)
     try:
         for event, state in left:
             for listen in listeners:
                 listen(event, state)
             if stop():
                 break
-            now = time.monotonic()
             ends = (
                 event.phase == "em" and event.step == event.steps and problem.joint.kind != "none"
             )
-            if file and (ends or now - saved > max(SAVE_SECONDS, SAVE_SHARE * took)):
-                file.save(state)
-                saved = time.monotonic()
-                took = saved - now
+            if ends or saving.due():
+                saving.save(state)
     except KeyboardInterrupt:
         raise  # it may come in the middle of the optimizer's step: what was saved before stays
     except BaseException:  # in newer versions, ComfyUI's interrupt is not an Exception
-        if file:
-            file.save(state)
+        saving.save(state)
         raise
     finally:
         left.close()
-    if file and not finished(problem, state):
-        file.save(state)
+    if not finished(problem, state):
+        saving.save(state)
     return state
 
 

@@ -1,63 +1,89 @@
 """Runs in a folder of bounded size, found again by their keys."""
 
 import os
+import time
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import StoreWarning, UserError
+from ..examples import Example
 from .concept_set import ConceptSet
 from .state_file import StateFile
+from .truth import truth_digest
 
 MOST_BYTES = 2 * 2**30
 MOST_FILES = 64
 STATE, CONCEPTS = ".state.safetensors", ".concepts.safetensors"
+ABANDONED_SECONDS = 24 * 3600.0
 
 
 class RunStore:
     """Finished runs, and the states of stopped ones, in a folder that may be deleted at any time.
 
     It holds at most 64 files and 2 GB; the files that have been unused the longest are deleted first.
+    It is a cache, which several processes may share: nothing that fails in it stops a run, and what
+    could not be kept is said by a StoreWarning.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def state(self, key: str) -> StateFile:
-        """Return the file in which the state of an unfinished run is kept."""
-        return StateFile(self.folder / f"{key}{STATE}", key)
+    def state(self, key: str, examples: Sequence[Example] = ()) -> StateFile:
+        """Return the file in which the state of an unfinished run on these examples is kept."""
+        return StateFile(self.folder / f"{key}{STATE}", key, truth_digest(examples))
 
     def concepts_file(self, key: str) -> Path:
         """Return the path at which the result of a finished run is kept."""
         return self.folder / f"{key}{CONCEPTS}"
 
-    def finished(self, key: str) -> ConceptSet | None:
-        """Return the result of a finished run, or None; a damaged file is deleted and counts as none."""
+    def finished(self, key: str, examples: Sequence[Example] = ()) -> ConceptSet | None:
+        """Return the result of a finished run, with the IoU of these examples' true masks, or None.
+
+        A damaged file is deleted and counts as none.
+        """
         file = self.concepts_file(key)
-        if not file.is_file():
+        if not os.path.isfile(file):
             return None
         try:
             found = ConceptSet.load(file)
         except UserError:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             return None
-        os.utime(file)
-        return found
+        with suppress(OSError):  # only the order of deletion depends on it
+            os.utime(file)
+        return found.compared(examples)
 
     def keep(self, key: str, concepts: ConceptSet) -> None:
-        """Store the result of a finished run, and delete its state."""
+        """Store the result of a finished run and delete its state, or warn that this failed."""
         file = self.concepts_file(key)
-        concepts.save(file)
-        self.state(key).remove()
+        try:
+            concepts.save(file)
+            self.state(key).remove()
+        except (UserError, OSError) as error:
+            warnings.warn(
+                f"The concepts are learned, but not remembered for next time. {error}",
+                StoreWarning,
+                stacklevel=2,
+            )
         self.prune(keep=file)
 
     def prune(self, keep: Path) -> None:
         """Delete the files that have been unused the longest, except `keep`, until the bounds hold.
 
-        Files that are just being written, and those that another process has removed, do not count.
+        Files that another process is just writing are left alone, unless they are a day old; so are
+        those that it is reading or has removed.
         """
+        now = time.time()
+        for file in self.folder.glob(".*.safetensors"):
+            with suppress(OSError):
+                if now - file.stat().st_mtime > ABANDONED_SECONDS:
+                    file.unlink()
         found: list[tuple[float, int, Path]] = []
         for file in self.folder.glob("[!.]*.safetensors"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 status = file.stat()
                 found.append((status.st_mtime, status.st_size, file))
         total, count = sum(size for _, size, _ in found), len(found)
@@ -65,5 +91,6 @@ class RunStore:
             if total <= MOST_BYTES and count <= MOST_FILES:
                 return
             if file != keep:
-                total, count = total - size, count - 1
-                file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+                    total, count = total - size, count - 1

@@ -3,22 +3,29 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damaged import without_checksum
+from equality import differences
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from em_core.__main__ import main
 from em_core.commands.common import load_host
+from em_core.errors import StoreWarning
 from em_core.model.adapters import init_lora
 from em_core.pictures import read_mask
 from em_core.runs.concept_set import ConceptSet
@@ -199,10 +206,16 @@ def cut_short(file: Path) -> None:
 
 
 def with_nan(file: Path) -> None:
+    loaded = ConceptSet.load(file)
+    loaded.vectors["rex"]["clip_l"][0, 0] = float("nan")
+    loaded.save(file)
+
+
+def with_another_value(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     tensors = load_file(file)
-    tensors["vectors/rex/clip_l"][0, 0] = float("nan")
+    tensors["vectors/rex/clip_l"][0, 0] *= 1.001
     save_file(tensors, file, metadata=header)
 
 
@@ -221,6 +234,7 @@ def of_another_model(file: Path) -> None:
     [
         (cut_short, "not a complete safetensors file"),
         (with_nan, "not finite"),
+        (with_another_value, "is damaged: its checksum is not that of its content"),
         (a_pickle, "not a complete safetensors file"),
         (of_another_model, "learned on a different model"),
     ],
@@ -320,3 +334,94 @@ def test_finished_concepts_are_not_replaced_unasked(tmp_path: Path, scene: Path,
 def test_a_scene_into_a_folder_that_cannot_be_made(capsys) -> None:
     assert main(["scene", "--seed", "1", "--out", "/proc/nothing"]) == 2
     assert "Choose a writable folder" in capsys.readouterr().err
+
+
+def full_after(monkeypatch: pytest.MonkeyPatch, folder: Path, writes: int) -> None:
+    """The disk that a folder is on has space for so many files of tensors, and no more."""
+    left = [writes]
+
+    def write(tensors: dict, path: Path, **more: object) -> None:
+        if folder in Path(path).parents:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+        save_file(tensors, path, **more)
+
+    monkeypatch.setattr("em_core.files.save_file", write)
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    scene: Path, learned: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The concepts are elsewhere, and the state is still there to go on from."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    full_after(monkeypatch, out, 1)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    assert main(learn(scene, out, "--truth", str(scene), "--steps", "20")) == 2
+    said = capsys.readouterr().err
+    (kept,) = elsewhere.iterdir()
+    assert "No space left on device" in said and f"the concepts are in {kept}" in said
+    assert not differences(ConceptSet.load(kept), ConceptSet.load(learned / "concepts.safetensors"))
+    assert [file.name for file in out.iterdir()] == ["state.safetensors"]
+    monkeypatch.undo()
+    more = ["--truth", str(scene), "--steps", "20", "--resume"]
+    assert main(learn(scene, out, *more)) == 0
+    assert (out / "concepts.safetensors").read_bytes() == kept.read_bytes()
+
+
+def test_a_stop_that_cannot_be_saved_promises_nothing(
+    scene: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    @contextmanager
+    def stop_soon() -> Iterator[Callable[[], bool]]:
+        yield iter([False, False, True]).__next__
+
+    monkeypatch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+    full_after(monkeypatch, tmp_path, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", StoreWarning)
+        assert main(learn(scene, tmp_path, "--steps", "20")) == 130
+    said = capsys.readouterr().err
+    assert "warning: The state of the run was not saved" in said and "No space left" in said
+    assert "Stopped at step 2. This step could not be saved" in said
+    monkeypatch.setattr("em_core.files.save_file", save_file)
+    (tmp_path / "state.safetensors").unlink()
+    monkeypatch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+    assert main(learn(scene, tmp_path, "--steps", "20")) == 130
+    assert "To continue, add --resume to the same command." in capsys.readouterr().err
+
+
+def test_true_masks_may_be_given_later(scene: Path, tmp_path: Path, monkeypatch) -> None:
+    """They do not act, so a run goes on with them; its IoU begins there."""
+
+    @contextmanager
+    def stop_soon() -> Iterator[Callable[[], bool]]:
+        yield iter([False, False, True]).__next__
+
+    with monkeypatch.context() as patch:
+        patch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+        assert main(learn(scene, tmp_path, "--steps", "20")) == 130
+    more = ["--truth", str(scene), "--steps", "20", "--resume"]
+    assert main(learn(scene, tmp_path, *more)) == 0
+    iou = json.loads((tmp_path / "metrics.json").read_text())["iou"]
+    assert [step for step, _ in iou["rex"]] == [20]
+
+
+def test_warnings_are_one_line(learned: Path, scene: Path, tmp_path: Path, capsys) -> None:
+    """As for a file that an older version saved."""
+    file = tmp_path / "old.safetensors"
+    shutil.copy(learned / "concepts.safetensors", file)
+    without_checksum(file)
+    arguments = [
+        "masks", "--image", str(scene / "image.png"), "--prompt", "a <rex>", "--passes", "1",
+        "--concepts", str(file), "--out", str(tmp_path / "m"), "--no-crf",
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(arguments) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line] == [
+        f"warning: {file} has no checksum, since it was saved by an older version: if it was damaged since, "
+        "that goes unnoticed. Save it again."
+    ]

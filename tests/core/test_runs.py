@@ -1,6 +1,5 @@
 """Whole runs: that a stop changes nothing, what is kept of them, and the library's own door to them."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -38,10 +37,9 @@ from em_core.method.problem import prepare, prepare_picture
 from em_core.method.start import initialise, known_vectors
 from em_core.method.state import RunState
 from em_core.model.adapters import init_lora
-from em_core.model.identity import ModelIdentity
 from em_core.prompts import ConceptPrompt
 from em_core.runs.concept_set import conclude
-from em_core.runs.key import model_digest, run_key
+from em_core.runs.key import run_key
 from em_core.runs.runner import finished, run
 from em_core.runs.state_file import KIND, StateFile
 
@@ -283,10 +281,9 @@ def test_every_field_of_a_state_survives_its_file(late: RunState, tmp_path: Path
 def test_a_state_belongs_to_its_run(
     host: DiffusersHost, example: Example, short: EMSettings, late: RunState, tmp_path: Path
 ) -> None:
-    digest, file = model_digest(host.identity()), tmp_path / "s.safetensors"
-    key = run_key(digest, [example], short, JOINT)
+    file, key = tmp_path / "s.safetensors", run_key("model", [example], short, JOINT)
     StateFile(file, key).save(late)
-    other = run_key(digest, [example], replace(short, learning_rate=1e-3), JOINT)
+    other = run_key("model", [example], replace(short, learning_rate=1e-3), JOINT)
     with pytest.raises(UserError, match="belongs to a run with other"):
         StateFile(file, other).load(host.device)
 
@@ -328,8 +325,8 @@ def test_a_state_that_is_not_whole(late: RunState, tmp_path: Path, change, says:
 def test_a_state_of_another_version(late: RunState, tmp_path: Path) -> None:
     file = StateFile(tmp_path / "s.safetensors", "key")
     file.save(late)
-    rewrite(file.path, lambda tensors, plain: None, "visual-concepts run state 1")
-    with pytest.raises(UserError, match="is a visual-concepts run state 1 file"):
+    rewrite(file.path, lambda tensors, plain: None, "visual-concepts run state 2")
+    with pytest.raises(UserError, match="is a visual-concepts run state 2 file"):
         file.load(torch.device("cpu"))
 
 
@@ -341,48 +338,6 @@ def test_a_file_of_no_state_can_be_removed(late: RunState, tmp_path: Path) -> No
     assert file.exists()
     file.remove()
     assert not list(tmp_path.iterdir())
-
-
-def test_the_key_depends_on_all_that_a_run_depends_on(example: Example, short: EMSettings) -> None:
-    """Equal inputs give the same key, also after a copy; each change gives another."""
-    names = list(example.truth)
-    masked = replace(example, masks=dict(example.truth))
-    swapped = dict(zip(names, reversed(example.truth.values()), strict=True))
-    darker, one = example.picture * 0.999, example.picture.clone()
-    one[0, 0, 0] += 0.01
-    runs: list[tuple[str, list[Example], EMSettings, JointSettings]] = [
-        ("model", [example], short, JOINT),
-        ("other model", [example], short, JOINT),
-        ("model", [example, example], short, JOINT),
-        ("model", [replace(example, picture=darker)], short, JOINT),
-        ("model", [replace(example, picture=one)], short, JOINT),
-        ("model", [replace(example, prompt=ConceptPrompt.parse("<rex> and <doll>"))], short, JOINT),
-        ("model", [masked], short, JOINT),
-        ("model", [replace(example, masks=swapped)], short, JOINT),
-        ("model", [replace(example, truth={})], short, JOINT),
-        ("model", [example], replace(short, seed=4), JOINT),
-        ("model", [example], replace(short, masks=replace(short.masks, crf=None)), JOINT),
-        ("model", [example], short, replace(JOINT, kind="lora")),
-    ]
-    keys = [run_key(*of) for of in runs]
-    assert len(set(keys)) == len(runs)
-    copy = replace(example, picture=example.picture.clone())
-    assert run_key("model", [copy], replace(short), replace(JOINT)) == keys[0]
-
-
-def test_masks_and_true_masks_are_not_mistaken_for_each_other(
-    example: Example, short: EMSettings
-) -> None:
-    given = replace(example, masks=example.truth, truth={})
-    assert run_key("model", [given], short, JOINT) != run_key("model", [example], short, JOINT)
-
-
-def test_the_digest_of_a_model_depends_on_shapes_and_values() -> None:
-    identity = ModelIdentity("sd1", "abc", {"clip_l": 4}, torch.arange(8.0))
-    other_values = replace(identity, sample=identity.sample + 1e-3)
-    others = (other_values, replace(identity, architecture="abd"))
-    assert len({model_digest(i) for i in (identity, *others)}) == 3
-    assert model_digest(replace(identity, sample=identity.sample.clone())) == model_digest(identity)
 
 
 # The library's door
@@ -489,55 +444,6 @@ def test_damaged_files_in_a_store_count_as_none(
     assert same(learn_concepts(host, [example], brief, store=store, key="key"), whole)
     store.concepts_file("key").write_bytes(b"damaged")
     assert same(learn_concepts(host, [example], brief, store=store, key="key"), whole)
-
-
-def a_concept_set() -> ConceptSet:
-    identity = ModelIdentity("sd1", "abc", {"clip_l": 4}, torch.arange(8.0))
-    return ConceptSet((), {}, identity)
-
-
-def filled(folder: Path, count: int) -> RunStore:
-    """A store of finished runs 0, 1, ..., used in that order."""
-    store = RunStore(folder)
-    for i in range(count):
-        store.keep(str(i), a_concept_set())
-        os.utime(store.concepts_file(str(i)), (1000 + i, 1000 + i))
-    return store
-
-
-def keys_in(folder: Path) -> list[str]:
-    return sorted(f.name.partition(".")[0] for f in folder.iterdir())
-
-
-def test_the_longest_unused_runs_go_first(tmp_path: Path, monkeypatch) -> None:
-    """Being found again is a use."""
-    store = filled(tmp_path, 4)
-    monkeypatch.setattr("em_core.runs.store.MOST_FILES", 3)
-    assert store.finished("0") is not None
-    store.keep("new", a_concept_set())
-    assert keys_in(tmp_path) == ["0", "3", "new"]
-
-
-def test_a_store_keeps_to_its_bytes(tmp_path: Path, monkeypatch) -> None:
-    """As many files as fit; the one that was just written stays even where it alone is too large."""
-    store = filled(tmp_path, 5)
-    size = store.concepts_file("0").stat().st_size
-    monkeypatch.setattr("em_core.runs.store.MOST_BYTES", 3 * size + 1)
-    store.prune(keep=store.concepts_file("0"))
-    assert keys_in(tmp_path) == ["0", "3", "4"]
-    monkeypatch.setattr("em_core.runs.store.MOST_BYTES", size - 1)
-    store.prune(keep=store.concepts_file("3"))
-    assert keys_in(tmp_path) == ["3"]
-
-
-def test_a_stopped_run_does_not_leave_the_store_too_full(
-    host: DiffusersHost, example: Example, brief: EMSettings, tmp_path: Path, monkeypatch
-) -> None:
-    store = filled(tmp_path, 4)
-    monkeypatch.setattr("em_core.runs.store.MOST_FILES", 2)
-    with pytest.raises(Broken):
-        learn_concepts(host, [example], brief, store=store, key="stopped", listeners=[broken])
-    assert keys_in(tmp_path) == ["3", "stopped"]
 
 
 # Masks without learning
