@@ -15,6 +15,7 @@ from .files import write_aside
 
 Picture = Float[Tensor, "3 H W"]
 MAX_PIXELS = 64_000_000
+DARK = 0.1  # what a black picture may have of light after compression, as a share of white
 
 
 def open_image(path: Path | str) -> Image.Image:
@@ -53,14 +54,14 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 H W"]:
     Alpha is composited over white; 16-bit and floating-point greys keep their full range.
 
     Raises:
-        UserError: see :func:`open_image`.
+        UserError: it has values that are not finite; or see :func:`open_image`.
     """
     image = open_image(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.array(image, dtype=np.float32)
+    if is_deep(image):
+        grey = deep_values(image, path)
         grey /= np.float32(full_range(grey) if image.mode == "F" else 65535)
         return torch.from_numpy(np.repeat(grey.clip(0, 1)[None], 3, axis=0))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
@@ -68,19 +69,58 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 H W"]:
 
 
 def read_mask(path: Path | str) -> Bool[Tensor, "H W"]:
-    """Read a mask: where the first channel is over half of its range.
+    """Read a mask: where the picture is opaque, or where it is light if it is opaque throughout.
 
-    The range is up to 1 if no value is larger, otherwise that of 8 or 16 bits.
+    Opaque is an alpha over half of its range, and light a luminance over half of its own, which is up to
+    1 if no value is larger, otherwise that of 8 or 16 bits. Alpha counts only where it tells parts of
+    the picture apart, not where all of it is opaque, or none.
 
     Raises:
-        UserError: see :func:`open_image`.
+        UserError: it has values that are not finite, or is neither black nor light anywhere; or see
+            :func:`open_image`.
     """
     image = open_image(path)
-    first = np.asarray(
-        image if image.mode.startswith("I") or image.mode in "1LF" else image.convert("RGB")
-    )
-    first = first if first.ndim == 2 else first[..., 0]
-    return torch.from_numpy(first > full_range(first) / 2)
+    if has_alpha(image):
+        opaque = np.asarray(image.convert("RGBA"))[..., 3] > 127
+        if opaque.any() and not opaque.all():
+            return torch.from_numpy(opaque)
+        image = image.convert("RGBA")
+    if is_deep(image):
+        light = deep_values(image, path)
+    else:
+        light = np.asarray((image if image.mode in "1L" else image.convert("RGB")).convert("L"))
+    white, lightest = full_range(light), light.max()
+    if DARK * white < lightest <= white / 2:
+        raise UserError(
+            f"{path} has no light part: its lightest value is {lightest:g} of {white}. Expected a mask that is "
+            "white where the concept is and black elsewhere, or transparent elsewhere."
+        )
+    return torch.from_numpy(light > white / 2)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image has greys of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Return whether an image can be transparent."""
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def deep_values(image: Image.Image, path: Path | str) -> Float[np.ndarray, "h w"]:
+    """Return greys of 16 or 32 bits as they are in the file.
+
+    Raises:
+        UserError: there are values that are not finite.
+    """
+    values = np.array(image, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{path} has values that are not finite (NaN or infinite). Expected greys from 0 to 1, 255 or "
+            "65535. Save it again."
+        )
+    return values
 
 
 def full_range(values: Shaped[np.ndarray, "h w"]) -> int:

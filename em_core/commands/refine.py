@@ -26,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "refine",
         help="sharpen masks along the edges of a picture",
         description=(
-            "Refine masks of one picture with a fully connected CRF. A mask is where the first channel of "
-            "its file is over 127; masks of a different size are resized to the picture."
+            "Refine masks of one picture with a fully connected CRF. A mask is where its file is opaque, or "
+            "white if it is opaque throughout; masks of a different size are resized to the picture."
         ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,9 +26,7 @@ def scene(tmp_path: Path) -> Path:
     red, blue = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
     red[10:40, 10:40], blue[36:60, 44:60] = True, True
     Image.fromarray((red ^ speckles).astype(np.uint8) * 255, "L").save(tmp_path / "mask_red.png")
-    rgb = np.zeros((64, 64, 3), np.uint8)
-    rgb[..., 0] = np.where(blue ^ speckles, 128, 127)
-    rgb[..., 1:] = 255
+    rgb = np.repeat(np.where(blue ^ speckles, 128, 127)[..., None], 3, axis=2).astype(np.uint8)
     Image.fromarray(rgb).save(tmp_path / "mask_blue.png")
     rgba = np.dstack([rgb, np.zeros((64, 64), np.uint8)])
     Image.fromarray(rgba).resize((32, 32), Image.Resampling.NEAREST).save(

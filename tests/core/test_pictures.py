@@ -76,16 +76,84 @@ def test_an_example_from_a_file(tmp_path: Path) -> None:
         Example.read(tmp_path / "y.png", "a photo of <rex:dog>")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "1"])
-def test_masks_read_their_first_channel(tmp_path: Path, mode: str) -> None:
-    mask = np.zeros((8, 8), np.uint8)
-    mask[2:5, 3:] = 255
+MASK = np.zeros((8, 8), np.uint8)
+MASK[2:5, 3:] = 255
+NOISE = np.random.default_rng(2).integers(0, 256, (8, 8), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "CMYK", "I;16", "1"])
+def test_masks_are_where_they_are_light(tmp_path: Path, mode: str) -> None:
+    """With an alpha that is opaque throughout, too."""
     if mode == "I;16":
-        image = Image.fromarray(mask.astype(np.uint16) * 257)
+        image = Image.fromarray(MASK.astype(np.uint16) * 257)
     else:
-        image = Image.fromarray(mask).convert(mode)
-    image.save(tmp_path / "m.png")
-    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), mask > 127)
+        image = Image.fromarray(MASK).convert(mode)
+    file = tmp_path / ("m.tif" if mode == "CMYK" else "m.png")
+    image.save(file)
+    assert np.array_equal(read_mask(file).numpy(), MASK > 127)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("colours", ["black", "white", "noise"])
+def test_masks_are_where_they_are_opaque(tmp_path: Path, mode: str, colours: str) -> None:
+    """As cut-outs are saved, whatever the colours are, which editors keep under what is transparent."""
+    grey = {"black": np.zeros_like(MASK), "white": np.full_like(MASK, 255), "noise": NOISE}[colours]
+    bands = [grey] * (3 if mode == "RGBA" else 1)
+    Image.merge(mode, [Image.fromarray(band) for band in (*bands, MASK)]).save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), MASK > 127)
+
+
+@pytest.mark.parametrize("alpha", [0, 120, 180, 255])
+def test_alpha_that_tells_nothing_apart_does_not_count(tmp_path: Path, alpha: int) -> None:
+    """Equal everywhere but for noise, on one side of one half."""
+    noisy = np.clip(alpha + NOISE.astype(int) % 7, 0, 255).astype(np.uint8)
+    bands = [Image.fromarray(band) for band in (MASK, MASK, MASK, noisy)]
+    Image.merge("RGBA", bands).save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), MASK > 127)
+
+
+def test_a_transparent_palette_colour_is_outside(tmp_path: Path) -> None:
+    image = Image.fromarray(MASK // 255).convert("P")
+    image.putpalette([10, 200, 30, 200, 10, 30])
+    image.save(tmp_path / "m.png", transparency=0)
+    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), MASK > 127)
+
+
+@pytest.mark.parametrize(
+    ("colour", "light"),
+    [((255, 255, 0), True), ((0, 255, 0), True), ((0, 255, 255), True), ((200, 90, 200), True),
+     ((255, 0, 0), False), ((0, 0, 255), False), ((128, 0, 0), False)],
+)  # fmt: skip
+def test_coloured_masks_count_by_their_luminance(
+    tmp_path: Path, colour: tuple, light: bool
+) -> None:
+    """ITU-R 601: 0.299 R + 0.587 G + 0.114 B. What is light nowhere is refused, not taken for empty."""
+    assert (np.dot(colour, (0.299, 0.587, 0.114)) > 127.5) == light
+    picture = (MASK[..., None] // 255) * np.array(colour, np.uint8)
+    Image.fromarray(picture).save(tmp_path / "m.png")
+    if light:
+        assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), MASK > 127)
+    else:
+        with pytest.raises(UserError, match="has no light part: its lightest value is"):
+            read_mask(tmp_path / "m.png")
+
+
+def test_an_empty_mask_is_empty(tmp_path: Path) -> None:
+    """Also after JPEG, which leaves a little light in what is black."""
+    Image.fromarray(NOISE % 9).save(tmp_path / "m.png")
+    assert not read_mask(tmp_path / "m.png").any()
+
+
+@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(tmp_path: Path, read, value: float) -> None:
+    grey = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    read(tmp_path / "x.tif")
+    grey[3, 4] = value
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif has values that are not finite"):
+        read(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("kind", ["labels", "floats"])
