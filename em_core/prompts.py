@@ -46,7 +46,7 @@ class ConceptPrompt:
         """Read `<name:initial words>` and `<name>` marks; any other text stays as it is.
 
         Raises:
-            UserError: a mark is malformed, or a name appears twice.
+            UserError: a mark is malformed, or a name appears twice, also in another case.
         """
         parts: list[str | Concept] = []
         end = 0
@@ -59,6 +59,7 @@ class ConceptPrompt:
                 f"Unbalanced '<' or '>' in the prompt {text!r}. Write concepts as in: {EXAMPLE}"
             )
         prompt = cls(tuple(part for part in parts if part != ""))
+        require_apart(prompt.names)
         twice = {name for name in prompt.names if prompt.names.count(name) > 1}
         if twice:
             raise UserError(
@@ -115,10 +116,13 @@ def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
     Its initial words may be given in any of the prompts.
 
     Raises:
-        UserError: two prompts give the same concept different initial words.
+        UserError: two prompts give the same concept different initial words, or write its name in
+            different cases.
     """
     merged: dict[str, Concept] = {}
-    for concept in (concept for prompt in prompts for concept in prompt.concepts):
+    found = [concept for prompt in prompts for concept in prompt.concepts]
+    require_apart(concept.name for concept in found)
+    for concept in found:
         known = merged.setdefault(concept.name, concept)
         if known.words and concept.words and known.words != concept.words:
             raise UserError(
@@ -128,6 +132,22 @@ def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:
         if concept.words:
             merged[concept.name] = concept
     return tuple(merged.values())
+
+
+def require_apart(names: Iterable[str]) -> None:
+    """Refuse names of concepts that differ only in case: files named after them would be the same one.
+
+    Raises:
+        UserError: there are such names.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(
+                f"The concepts {other} and {name} differ only in upper and lower case. Windows and Macs take "
+                "files of such names for the same. Rename one of them."
+            )
 
 
 def require_known(text: str, known: Iterable[str]) -> None:

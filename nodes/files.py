@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ..em_core.errors import UserError
 from ..em_core.files import write_aside
+from ..em_core.prompts import require_apart
 from ..em_core.runs.concept_set import ConceptSet
 from .exports import embedding_tensors, lora_metadata, lora_tensors
 from .schema import CATEGORY, Concepts, schema
+from .telling import told_on_node
 
 KIND = "visual_concepts"
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")
+RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])")
 folder_paths.folder_names_and_paths.setdefault(
     KIND, ([str(Path(folder_paths.models_dir) / KIND)], {SUFFIX})
 )
@@ -30,10 +32,15 @@ def require_name(name: str) -> str:
     """Return `name` if it is safe to use as a file name.
 
     Raises:
-        UserError: it is empty, too long, reserved on Windows, or holds anything but letters, digits,
-            '_' and '-'.
+        UserError: it is empty, too long, holds anything but letters, digits, '_' and '-', or is reserved
+            on Windows, which the message then says.
     """
-    if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
+    if RESERVED.fullmatch(name):
+        raise UserError(
+            f"Bad name {name!r}. Windows reserves it for a device, so no file can have it there. Choose "
+            f"another name, such as {name}_1."
+        )
+    if not NAME.fullmatch(name):
         raise UserError(
             f"Bad name {name!r}. Expected up to 100 letters, digits, '_' or '-', as in rex_and_doll. Choose "
             "another name; it is used in prompts and as a file name."
@@ -106,9 +113,11 @@ def save_concepts(concepts: ConceptSet, name: str, overwrite: bool, exports: boo
     """Write the files and return the text to paste into prompts.
 
     Raises:
-        UserError: the name is bad, a file already exists, or a folder cannot be written.
+        UserError: the name is bad, a file of that name in any case exists, names of concepts differ only
+            in case, or a folder cannot be written.
     """
     require_name(name)
+    require_apart(concepts.names)
     embeddings = {
         export_name(name, concept, concepts): embedding_tensors(concepts, concept)
         for concept in concepts.names
@@ -121,11 +130,7 @@ def save_concepts(concepts: ConceptSet, name: str, overwrite: bool, exports: boo
     if lora:
         files[folder_of("loras") / f"{name}{SUFFIX}"] = lora
     target = folder_of(KIND) / f"{name}{SUFFIX}"
-    there = [str(file) for file in (target, *files) if file.exists()]
-    if there and not overwrite:
-        raise UserError(
-            f"Files of this name already exist: {', '.join(there)}. Choose another name, or switch on 'overwrite'."
-        )
+    require_free([target, *files], overwrite)
     for file, tensors in files.items():
         write_export(file, tensors, lora_metadata(concepts) if tensors is lora else {})
     concepts.save(target)
@@ -135,6 +140,35 @@ def save_concepts(concepts: ConceptSet, name: str, overwrite: bool, exports: boo
 def export_name(name: str, concept: str, concepts: ConceptSet) -> str:
     """Return the embedding's name: the given one, followed by the concept's if there are several."""
     return name if len(concepts.names) == 1 else f"{name}_{concept}"
+
+
+def require_free(files: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to replace files unasked, and to write next to one whose name differs only in case.
+
+    Raises:
+        UserError: a file is there, or on Windows and Macs its name would be that of one which is.
+    """
+    there = {file: in_any_case(file) for file in files}
+    other = [str(found) for file, found in there.items() if found and found.name != file.name]
+    if other and not all(file.exists() for file, found in there.items() if found):
+        raise UserError(
+            f"There is {', '.join(other)}, whose name differs only in upper and lower case, which Windows and "
+            "Macs take for the same. Choose another name, or delete that file."
+        )
+    if not overwrite and any(there.values()):
+        raise UserError(
+            f"Files of this name already exist: {', '.join(str(found) for found in there.values() if found)}. "
+            "Choose another name, or switch on 'overwrite'."
+        )
+
+
+def in_any_case(file: Path) -> Path | None:
+    """Return the file of this name that is there, first of all in this case, or else in another."""
+    if not file.parent.is_dir():
+        return None
+    names = sorted(other.name for other in file.parent.iterdir())
+    same = [name for name in names if name.casefold() == file.name.casefold()]
+    return file.parent / (file.name if file.name in same else same[0]) if same else None
 
 
 def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -179,4 +213,7 @@ class LoadConcepts(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:  # type: ignore[override]
-        return io.NodeOutput(ConceptSet.load(Path(folder_paths.get_full_path_or_raise(KIND, name))))
+        with told_on_node():
+            return io.NodeOutput(
+                ConceptSet.load(Path(folder_paths.get_full_path_or_raise(KIND, name)))
+            )

@@ -17,6 +17,7 @@ from .learning.flow import Request, fulfil
 from .learning.plans import CHOICES
 from .results import curves_image, loss_map, mask_stack
 from .schema import ADVANCED, CATEGORY, Concepts, Examples, LoraModel, LossMap, schema
+from .telling import told_on_node
 
 AUTO = "auto"
 
@@ -90,7 +91,8 @@ class LearnConcepts(io.ComfyNode):
             raise UserError("There are no examples to learn from. Connect a Concept Example.")
         models = identify(model, clip, vae)
         em, joint_phase = settings_of(models.family, mode, steps, seed, joint, advanced)
-        concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
+        with told_on_node():
+            concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
         from .exports import lora_tensors
 
         return io.NodeOutput(

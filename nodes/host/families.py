@@ -153,7 +153,8 @@ def prediction(model: Any) -> Prediction:
 def noise_schedule(model: Any) -> VariancePreserving:
     """Return the MODEL's forward process, with alpha_bar = 1 / (1 + sigma^2)."""
     sigmas = model.get_model_object("model_sampling").sigmas
-    alphas = 1 / (1 + sigmas.detach().clone().double() ** 2)
+    # The buffer moves with the model, and a Mac's device has no float64.
+    alphas = 1 / (1 + sigmas.detach().cpu().double() ** 2)
     return VariancePreserving(alphas.float(), prediction(model))
 
 

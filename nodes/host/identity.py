@@ -1,105 +1,109 @@
 """A digest of a graph's models and of all that acts on them; it identifies the model in a run's key."""
 
-import hashlib
-from collections.abc import Mapping
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import comfy
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 
+from ...em_core.examples import Example
+from ...em_core.prompts import ConceptPrompt
+from ...em_core.runs.digest import INSTALLED, Digest, Parts, Reader
 from .families import GraphModels
+from .text import tokenize
 
-SAMPLES = 64
-DEPTH = 12
-
-
-class Digest:
-    """A hash over whatever patches consist of: tensors by samples, functions by code and closure."""
-
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
-        self.seen: dict[int, Any] = {}  # keeps visited objects alive, so that no id is reused
-
-    def text(self, text: str) -> None:
-        self.hash.update(text.encode() + b"\0")
-
-    def tensor(self, tensor: Tensor) -> None:
-        """Add a tensor's type, its shape and evenly spaced samples of its values."""
-        self.text(f"{tensor.dtype} {tuple(tensor.shape)}")
-        flat = tensor.detach().reshape(-1)
-        if flat.numel():
-            chosen = flat[:: max(1, flat.numel() // SAMPLES)]
-            self.hash.update(chosen.to(torch.float32).cpu().numpy().tobytes())
-
-    def add(self, value: Any, depth: int = 0) -> None:
-        """Add a value and everything it holds."""
-        if value is None or isinstance(value, (str, int, float, complex, bytes, torch.dtype)):
-            return self.text(repr(value))
-        if isinstance(value, torch.Tensor):
-            return self.tensor(value)
-        if id(value) in self.seen or depth > DEPTH:
-            return self.text("again")
-        self.seen[id(value)] = value
-        self.text(type(value).__qualname__)
-        for part in parts_of(value):
-            self.add(part, depth + 1)
+ACTING = ("object_patches", "weight_wrapper_patches", "wrappers", "callbacks", "injections", "attachments",
+          "additional_models")  # fmt: skip
+# ComfyUI's notes on a model's layers: how they are loaded just now, not what they compute.
+BOOKKEEPING = frozenset({
+    "comfy_cast_weights", "prev_comfy_cast_weights", "comfy_force_cast_weights", "comfy_patched_weights",
+    "weight_function", "bias_function", "weight_comfy_model_dtype", "bias_comfy_model_dtype",
+    "weight_lowvram_function", "bias_lowvram_function", "seed_key", "currently_used", "device",
+    "_v", "_v_signature", "_v_tensor", "_v_weight", "_v_bias", "_pin", "_pin_state", "_prefetch",
+})  # fmt: skip
+COMFYUI = Path(comfy.__path__[0]).parent
+LIBRARIES = frozenset({*INSTALLED, str(COMFYUI / "comfy"), str(COMFYUI / "comfy_api")})
 
 
-def parts_of(value: Any) -> list[Any]:
-    """Return what a container, function or object holds."""
-    if isinstance(value, Mapping):
-        return [part for key, item in value.items() for part in (repr(key), item)]
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    if isinstance(value, MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
-        return [value.__module__, value.__qualname__, value.__code__, value.__defaults__, *cells]
-    if isinstance(value, CodeType):
-        return [value.co_code, *value.co_names]
-    if isinstance(value, nn.Module):
-        return [part for name, weight in value.state_dict().items() for part in (name, weight)]
-    if isinstance(value, type):
-        return [value.__module__]
-    return (
-        [part for name, item in sorted(vars(value).items()) for part in (name, item)]
-        if hasattr(value, "__dict__")
-        else []
-    )
+def models_digest(models: GraphModels, examples: Sequence[Example]) -> str:
+    """Return a digest of MODEL, CLIP and VAE with all that acts on them; it is the same after a restart.
+
+    The examples' prompts take part as the CLIP's tokenizer reads them: with the content of the
+    embeddings that they name, and without the white space that means nothing.
+
+    Raises:
+        Unreadable: the content of a patch cannot be read.
+        UserError: the model does not know a word of a prompt.
+    """
+    model = models.model.model
+    digest = Digest(READERS, LIBRARIES, BOOKKEEPING)
+    digest.add([models.family, models.model, models.clip, models.vae])
+    # What the model predicts and its schedule, patched or its own.
+    digest.add(models.model.get_model_object("model_sampling"))
+    digest.add([model.latent_format, model.model_config.unet_config, models.image_side])
+    for example in examples:
+        words = [concept.words for concept in example.prompt.concepts]
+        texts = [text_of(example.prompt), *words]
+        digest.add([tokenize(models.clip.tokenizer, text) for text in texts])
+    return digest.hexdigest()
 
 
-def is_empty(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is None
-    except ValueError:
-        return True
+def text_of(prompt: ConceptPrompt) -> str:
+    """Return the prompt with each concept replaced by its initial words, set apart by spaces."""
+    parts = (part if isinstance(part, str) else f" {part.words} " for part in prompt.parts)
+    return " ".join("".join(parts).split())
 
 
-def patcher_digest(patcher: Any) -> str:
-    """Return a digest of a model and of every patch on it; it is the same after a restart."""
-    digest = Digest()
-    for name, weight in sorted(patcher.model.named_parameters()):
-        digest.text(name)
-        original = patcher.backup.get(name)
-        digest.tensor(weight if original is None else original.weight)
-    for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
-        digest.text(str(key))
-        digest.add([patch[:4] for patch in patches])
+def patcher_parts(digest: Digest, patcher: Any) -> Parts:
+    """A model's weights before any patch, and every patch; not how and where it is loaded."""
+    kind = type(patcher)
     options = {
         name: value for name, value in patcher.model_options.items() if name != "multigpu_clones"
     }
-    digest.add(options)
-    for part in (patcher.object_patches, patcher.wrappers, patcher.injections):
-        digest.add(part)
-    return digest.hash.hexdigest()
+    patches = sorted(patcher.patches.items(), key=lambda item: str(item[0]))
+    return [
+        None if kind.__module__.startswith("comfy.") else kind,
+        type(patcher.model),
+        weights_of(patcher.model, patcher.backup),
+        *(part for key, given in patches for part in (key, list(given))),
+        options,
+        *(part for name in ACTING for part in (name, getattr(patcher, name, {}))),
+    ]
 
 
-def models_digest(models: GraphModels) -> str:
-    """Return a digest of MODEL, CLIP and VAE with all that acts on them."""
-    patchers = (models.model, models.clip.patcher, models.vae.patcher)
-    parts = [*map(patcher_digest, patchers), str(models.clip.layer_idx)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+def weights_of(model: Any, backup: Any) -> dict[str, Any]:
+    """Return a model's weights and buffers by name, as they are without patches."""
+    named = dict(model.named_parameters())
+    # The schedule's buffers stand in the model only while it is loaded, if they are patched.
+    named |= {n: x for n, x in model.named_buffers() if not n.startswith("model_sampling.")}
+    return {
+        name: backup[name].weight if backup.get(name) is not None else named[name]
+        for name in sorted(named)
+    }
+
+
+def base_parts(digest: Digest, model: Any) -> Parts:
+    """A model that a patch holds on to, without its patches."""
+    backup = getattr(getattr(model, "current_patcher", None), "backup", {})
+    return [type(model), weights_of(model, backup)]
+
+
+def clip_parts(digest: Digest, clip: Any) -> Parts:
+    return [clip.patcher, clip.layer_idx]
+
+
+def vae_parts(digest: Digest, vae: Any) -> Parts:
+    """Its weights, and how pictures go in."""
+    acting = ("process_input", "downscale_ratio", "latent_channels", "crop_input", "vae_dtype")
+    return [vae.patcher, *(getattr(vae, name, None) for name in acting)]
+
+
+READERS: tuple[Reader, ...] = (
+    (ModelPatcher, patcher_parts),
+    (BaseModel, base_parts),
+    (CLIP, clip_parts),
+    (VAE, vae_parts),
+)

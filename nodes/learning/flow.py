@@ -1,6 +1,7 @@
 """Fulfil a request to learn: reuse a finished run, or train within the available memory."""
 
 import logging
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import comfy.model_management as mm
 import folder_paths
 import torch
 
-from ...em_core.errors import OUT_OF_MEMORY, UserError
+from ...em_core.errors import OUT_OF_MEMORY, StoreWarning, UserError
 from ...em_core.examples import Example
 from ...em_core.runs.concept_set import ConceptSet
+from ...em_core.runs.digest import Unreadable
 from ...em_core.runs.key import run_key
 from ...em_core.runs.learning import learn_concepts
 from ...em_core.runs.store import RunStore
@@ -21,8 +23,6 @@ from ..host.families import GraphModels
 from ..host.identity import models_digest
 from .plans import Plan, choose, estimate, preflight, weight_type
 from .progress import NodeProgress
-
-KEY_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def fulfil(request: Request) -> ConceptSet:
             "The memory preset %s allows at most %d samples per step; the batch of %d is reduced to that.",
             plans[0].name, plans[0].batch, request.em.batch,
         )  # fmt: skip
-    acting = f"{KEY_VERSION} {plans[0].name} {models_digest(request.models)}"
-    key = run_key(acting, request.examples, request.em, request.joint)
-    found = store.finished(key)
+    key = key_or_none(request, plans[0])
+    found = None if key is None else store.finished(key, request.examples)
     if found is not None:
         logging.info(
             "Concepts %s were learned before from the same inputs; nothing is trained.",
@@ -66,8 +65,23 @@ def fulfil(request: Request) -> ConceptSet:
     return train_within_memory(request, plans, key, store)
 
 
+def key_or_none(request: Request, plan: Plan) -> str | None:
+    """Return the run's key, or warn and return None if something that acts on it cannot be read."""
+    try:
+        models = models_digest(request.models, request.examples)
+    except Unreadable as error:
+        warnings.warn(
+            f"This run is not remembered, and if it is interrupted it starts again: a patch on the MODEL, CLIP "
+            f"or VAE holds {error}, and whether that has changed cannot be told.",
+            StoreWarning,
+            stacklevel=2,
+        )
+        return None
+    return run_key(f"{plan.name} {models}", request.examples, request.em, request.joint)
+
+
 def train_within_memory(
-    request: Request, plans: tuple[Plan, ...], key: str, store: RunStore
+    request: Request, plans: tuple[Plan, ...], key: str | None, store: RunStore
 ) -> ConceptSet:
     """Train with the first plan and, if memory runs out, continue with the next smaller one.
 
@@ -87,7 +101,7 @@ def train_within_memory(
     )
 
 
-def train(request: Request, plan: Plan, key: str, store: RunStore) -> ConceptSet:
+def train(request: Request, plan: Plan, key: str | None, store: RunStore) -> ConceptSet:
     """Learn on private copies of the weights."""
     models, joint = request.models, request.joint
     dtype = weight_type(plan, models.model)
@@ -101,5 +115,6 @@ def train(request: Request, plan: Plan, key: str, store: RunStore) -> ConceptSet
         checkpointing(host.unet, plan.checkpointing),
     ):
         return learn_concepts(
-            host, request.examples, em, joint, listeners=[progress], store=store, key=key
-        )
+            host, request.examples, em, joint, listeners=[progress],
+            store=None if key is None else store, key=key,
+        )  # fmt: skip

@@ -36,6 +36,7 @@ def test_text_survives_a_round_trip(text: str) -> None:
         ("a <>", "Bad concept name"),
         ("a <../x:dog>", "Bad concept name"),
         ("a <1st:dog>", "Bad concept name"),
+        ("a <Rex:dog> and <rex:cat>", "Rex and rex differ only in upper and lower case"),
     ],
 )
 def test_malformed_prompts(text: str, says: str) -> None:
@@ -58,6 +59,8 @@ def test_concepts_of_several_prompts() -> None:
     assert merge_concepts(prompts) == (Concept("a", "cat"), Concept("b", "dog"), Concept("c", ""))
     with pytest.raises(UserError, match="starts from 'dog' in one prompt"):
         merge_concepts([ConceptPrompt.parse("<a:dog>"), ConceptPrompt.parse("<a:cat>")])
+    with pytest.raises(UserError, match="a and A differ only in upper and lower case"):
+        merge_concepts([ConceptPrompt.parse("<a:dog>"), ConceptPrompt.parse("<A:dog>")])
 
 
 def test_start_vectors_from_pieces() -> None:

@@ -1,0 +1,41 @@
+"""What a user should know while a node runs, told on the node and not in the log alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+
+from ..em_core.errors import Notice
+
+
+@contextmanager
+def told_on_node() -> Iterator[None]:
+    """Show the core's notices on the node that is running, each at once and all of them together."""
+    told: list[str] = []
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, Notice):
+            return before(message, category, *place, **more)
+        logging.warning(str(message))
+        told.append(str(message))
+        show_on_node("\n".join(told))
+
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = show
+        yield
+
+
+def show_on_node(text: str) -> None:
+    """Write a text on the running node, if there is a server that runs one."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    running = get_executing_context()
+    if server is not None and running is not None:
+        server.send_progress_text(text, running.node_id)
