@@ -18,13 +18,14 @@
 - `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
   (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
   source of every value.
-- `RunStore(folder)` keeps finished runs and the states of stopped ones.
+- `RunStore(folder)` keeps finished runs and the states of stopped ones. What it cannot keep is told by a
+  `StoreWarning`, and the run goes on.
 - Errors meant for the user are `UserError`; `TrainingError` means that a loss was not finite.
 
 A model of another kind takes part by fulfilling the protocol `em_core.model.protocol.DiffusionModel`.
 """
 
-from .errors import TrainingError, UserError
+from .errors import StoreWarning, TrainingError, UserError
 from .examples import Example
 from .hosts.diffusers import DiffusersHost
 from .masks.crf import CRFSettings
@@ -52,6 +53,7 @@ __all__ = [
     "MaskSettings",
     "RunStore",
     "StepEvent",
+    "StoreWarning",
     "TrainingError",
     "UserError",
     "em_settings",

@@ -33,12 +33,49 @@ def test_examples(server: Server, prompt: str, masks: bool, message: str) -> Non
     assert error.value.node == "ConceptExample"
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "..", "con", "a b", "x.safetensors"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "..", "a b", "x.safetensors"])
 def test_names_stay_in_their_folder(server: Server, name: str) -> None:
     p = learning()
     p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=True, exports=True)
-    with pytest.raises(Failed, match="Bad name"):
+    with pytest.raises(Failed, match=r"Bad name .* Expected up to 100 letters"):
         server.run(p.b.graph)
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "Lpt1", "COM9"])
+def test_reserved_names_are_said_to_be_reserved(server: Server, name: str) -> None:
+    p = learning()
+    p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=True, exports=True)
+    with pytest.raises(Failed, match="Windows reserves it for a device.* such as " + name + "_1"):
+        server.run(p.b.graph)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_names_that_differ_only_in_case_do_not_collide(server: Server, overwrite: bool) -> None:
+    """Neither of the file itself nor of one that is exported with it; one name is still one's own."""
+    folder = server.base / "models" / "embeddings"
+    (folder / "case_REX.safetensors").write_bytes(b"someone's")
+
+    def save(name: str) -> Any:
+        p = learning(steps=2)
+        p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=overwrite, exports=True)
+        return p.b.graph
+
+    try:
+        with pytest.raises(
+            Failed, match=r"case_REX\.safetensors, whose name differs only in upper"
+        ):
+            server.run(save("case"))
+        name = f"own_{overwrite}"
+        server.run(save(name))
+        with pytest.raises(Failed, match=rf"{name}\.safetensors, whose name differs only in upper"):
+            server.run(save(name.upper()))
+    finally:
+        (folder / "case_REX.safetensors").unlink()
+
+
+def test_concepts_that_differ_only_in_case(server: Server) -> None:
+    with pytest.raises(Failed, match="Rex and rex differ only in upper and lower case"):
+        server.run(example("<Rex:star> and <rex:heart>").graph)
 
 
 def test_saving_over_a_file_needs_a_choice(server: Server) -> None:

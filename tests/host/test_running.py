@@ -180,6 +180,38 @@ def test_finished_run_is_found_after_a_restart(comfyui, server: Server) -> None:
     assert "Learning concepts with preset 12 GB" in server.log_text()[before:]
 
 
+def test_a_run_that_cannot_be_told_from_others_is_not_kept(server: Server) -> None:
+    """A patch that holds an open file: it is learned on each time, and the node says why."""
+    runs = server.base / "user" / "visual_concepts" / "runs"
+    before, told = set(runs.iterdir()), len(server.log_text())
+    for _ in range(2):
+        p = learning("TestUnreadable", {}, seed=31, steps=2)
+        p.b.add("TestDump", value=p.learn[3], name="unreadable")
+        server.run(p.b.graph)
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1)
+    log = server.log_text()[told:]
+    assert log.count("holds an object of the kind _io.TextIOWrapper, and whether that has") == 2
+    assert log.count("Learning has begun") == 2 and set(runs.iterdir()) == before
+
+
+def test_a_store_that_cannot_be_written_loses_nothing(server: Server) -> None:
+    """There is a file where its folder ought to be; the concepts are given, and the node says so."""
+    runs = server.base / "user" / "visual_concepts" / "runs"
+    aside, told = runs.with_name("aside"), len(server.log_text())
+    runs.rename(aside)
+    runs.write_text("")
+    try:
+        p = learning(seed=32, steps=4)
+        p.b.add("SaveConcepts", concepts=p.learn, name="kept", overwrite=True, exports=False)
+        server.run(p.b.graph)
+    finally:
+        runs.unlink()
+        aside.rename(runs)
+    assert "not remembered for next time. Could not write" in server.log_text()[told:]
+    assert (server.base / "models" / "visual_concepts" / "kept.safetensors").is_file()
+
+
 def test_next_smaller_preset_after_out_of_memory(server: Server) -> None:
     p = learning("TestOutOfMemory", {"limit": 1}, memory="12 GB", batch=2, seed=21)
     p.b.add("TestDump", value=p.learn[3], name="fallback")

@@ -88,7 +88,9 @@ def stratified_steps(count: int, rng: torch.Generator) -> Int[Tensor, " b"]:
     return (parts * 1000).long().clamp_max(999)[torch.randperm(count, generator=rng)]
 
 
-def snr_weight(snr: Float[Tensor, " b"], snr_limit: float, noisy_limit: float) -> Float[Tensor, " b"]:
+def snr_weight(
+    snr: Float[Tensor, " b"], snr_limit: float, noisy_limit: float
+) -> Float[Tensor, " b"]:
     """Weights of the noise's error, by signal-to-noise ratio (SNR).
 
     Above SNR 1: min(SNR, limit) / SNR (Hang 2023, "Min-SNR", Eq. 7). Below: 1 / SNR up to another

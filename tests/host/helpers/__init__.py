@@ -135,6 +135,25 @@ class TestOutOfMemory:
         return (patched,)
 
 
+class TestUnreadable:
+    """A patch that holds an open file, which nobody can look into."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        patched, file = model.clone(), open(__file__)  # noqa: SIM115
+
+        def patch(x, options):
+            return x if file else None
+
+        patched.set_model_attn2_output_patch(patch)
+        return (patched,)
+
+
 class TestSlow:
     """A patch that makes every pass through the UNet take a while, so that it can be interrupted."""
 
@@ -191,6 +210,7 @@ NODE_CLASS_MAPPINGS = {
         TestModelHash,
         TestAttentionPatch,
         TestOutOfMemory,
+        TestUnreadable,
         TestSlow,
         TestControlNet,
     )

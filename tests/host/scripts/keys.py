@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import reduced
-from inside import import_pack, part
+FOLDER = Path(sys.argv[1])
+
+import reduced  # noqa: E402
+from inside import import_pack, part  # noqa: E402
 
 import_pack()
 
@@ -146,9 +148,6 @@ def key_with_change(module: torch.nn.Module, place: int) -> str:
         return key()
 
 
-FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-
-
 def changes() -> dict[str, Callable[[], str]]:
     """Ways to get a key, each of them another one."""
     unet, text, vae = MODEL.model.diffusion_model, CLIP.cond_stage_model, VAE.first_stage_model
@@ -231,41 +230,6 @@ def check_what_cannot_be_read() -> None:
                 raise AssertionError("it was read")
 
 
-class OnMac(torch.Tensor):
-    """A tensor of a device that has no float64."""
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = [a.as_subclass(torch.Tensor) if isinstance(a, OnMac) else a for a in args]
-            out = function(*plain, **(kwargs or {}))
-        if function is torch.Tensor.cpu:
-            return out
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return out.as_subclass(OnMac) if isinstance(out, torch.Tensor) else out
-
-
-def check_macs() -> None:
-    """The schedule's buffer moves with the model; a device without float64 gives the same schedule."""
-    expected = families.noise_schedule(MODEL).alphas_cumprod
-    sampling = MODEL.get_model_object("model_sampling")
-    kept = sampling.sigmas
-    try:
-        sampling._buffers["sigmas"] = kept.clone().as_subclass(OnMac)
-        try:
-            sampling.sigmas.double()
-        except TypeError:
-            found = families.noise_schedule(MODEL).alphas_cumprod
-        else:
-            raise AssertionError("the stand-in has float64")
-    finally:
-        sampling._buffers["sigmas"] = kept
-    assert type(found) is torch.Tensor and torch.equal(found, expected)
-
-
 with torch.inference_mode():
     MODEL, CLIP, VAE = reduced.unet("sd1"), reduced.clip("sd1"), reduced.vae()
     OTHER = reduced.unet("sd1")
@@ -273,7 +237,6 @@ with torch.inference_mode():
     check_changes()
     check_what_does_not_act()
     check_what_cannot_be_read()
-    check_macs()
     for name in ("nothing", "v_prediction", "FreeU", "wrapper", "mask of attention"):
         sys.stdout.write(f"{name}: {changes()[name]()}\n")
 sys.stdout.write("keys are right\n")
