@@ -24,7 +24,7 @@ def compare(folder: Path, size: tuple[int, int], labels: int) -> dict[str, objec
     image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
     masks = F.interpolate(first_masks(masks, labels - 1)[None], size, mode="nearest")[0]
     unary = joint_unary(masks, CUTLER.unary_strength)
-    ours = MaskRefiner(image).infer(unary)
+    ours = MaskRefiner(image, CUTLER).infer(unary)
     theirs = MaskRefiner(image, replace(CUTLER, backend="pydensecrf")).infer(unary)
     distance = (ours - theirs).abs()
     return {

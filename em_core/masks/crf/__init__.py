@@ -2,12 +2,21 @@
 
 from .mean_field import DenseCRF
 from .refine import MaskRefiner, joint_unary, labels
-from .settings import CUTLER, DEMO, DIFFUMASK, PRESETS, Backend, CRFSettings
+from .settings import (
+    CUTLER,
+    DEMO,
+    DIFFUMASK,
+    LOCAL_COLOUR,
+    PRESETS,
+    Backend,
+    CRFSettings,
+)
 
 __all__ = [
     "CUTLER",
     "DEMO",
     "DIFFUMASK",
+    "LOCAL_COLOUR",
     "PRESETS",
     "Backend",
     "CRFSettings",

@@ -34,8 +34,16 @@ class DenseCRF:
         self.kernels = tuple(kernels)
 
     @classmethod
-    def of_image(cls, image: Float[Tensor, "3 h w"], settings: CRFSettings) -> "DenseCRF":
-        """CRF over the pixels of an RGB image in 0..255, with the two kernels of the settings."""
+    def of_image(
+        cls,
+        image: Float[Tensor, "3 h w"],
+        settings: CRFSettings,
+        appearance: LatticeFilter | None = None,
+    ) -> "DenseCRF":
+        """CRF over the pixels of an RGB image in 0..255, with the two kernels of the settings.
+
+        `appearance` is the second one, if it has been built already.
+        """
         _, height, width = image.shape
         scale = settings.scale(height, width)
         kernels = []
@@ -45,10 +53,8 @@ class DenseCRF:
                 (gaussian_filter(height, width, theta, image.device), settings.gaussian_weight)
             )
         if settings.bilateral_weight:
-            features = bilateral_features(
-                image, settings.bilateral_theta_xy * scale, settings.bilateral_theta_rgb
-            )
-            kernels.append((normalised_filter(features), settings.bilateral_weight))
+            appearance = appearance or appearance_filter(image, settings)
+            kernels.append((appearance, settings.bilateral_weight))
         return cls(kernels)
 
     def message(self, Q: Float[Tensor, "n c"], path: FilterPath) -> Float[Tensor, "n c"]:
@@ -129,6 +135,12 @@ class DenseCRF:
         if float(base.max()) + 2 * largest_message < EXP_LIMIT:
             return lambda logits: small_logits_lead(logits, path)
         return any_logits_lead
+
+
+def appearance_filter(image: Float[Tensor, "3 h w"], settings: CRFSettings) -> LatticeFilter:
+    """The appearance kernel over an RGB image in 0..255."""
+    theta_xy = settings.bilateral_theta_xy * settings.scale(image.shape[1], image.shape[2])
+    return normalised_filter(bilateral_features(image, theta_xy, settings.bilateral_theta_rgb))
 
 
 def gaussian_filter(height: int, width: int, theta: float, device: torch.device) -> LatticeFilter:

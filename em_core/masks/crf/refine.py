@@ -10,9 +10,11 @@ from torch import Tensor
 from ...errors import UserError
 from ..resizing import cut, resize
 from . import pydensecrf_backend
-from .mean_field import DenseCRF
+from .confidence import confident_masks
+from .local_colour import LocalColour
+from .mean_field import DenseCRF, appearance_filter, gaussian_filter
 from .memory import require_memory
-from .settings import CUTLER, CRFSettings
+from .settings import LOCAL_COLOUR, CRFSettings
 
 
 class MaskRefiner:
@@ -21,7 +23,7 @@ class MaskRefiner:
     Calls are independent of each other, so one refiner can serve every E-step with any number of masks.
     """
 
-    def __init__(self, image: Shaped[Tensor, "..."], settings: CRFSettings = CUTLER):
+    def __init__(self, image: Shaped[Tensor, "..."], settings: CRFSettings = LOCAL_COLOUR):
         """
         Args:
             image: RGB of shape (3, h, w), float in 0..1 or uint8; colours are rounded to 8 bits.
@@ -41,36 +43,66 @@ class MaskRefiner:
     @cached_property
     def crf(self) -> DenseCRF:
         """The CRF of the picture at the working size."""
-        return DenseCRF.of_image(self.image, self.settings)
+        appearance = self.colour.alike if self.settings.colour_weight else None
+        return DenseCRF.of_image(self.image, self.settings, appearance)
 
-    def __call__(self, masks: Shaped[Tensor, "..."]) -> Float[Tensor, "k h w"]:
+    @cached_property
+    def colour(self) -> LocalColour:
+        """The picture's local colour models at the working size."""
+        height, width = self.image.shape[-2:]
+        theta = self.settings.bilateral_theta_xy * self.settings.scale(height, width)
+        near = gaussian_filter(height, width, theta, self.image.device)
+        return LocalColour(appearance_filter(self.image, self.settings), near)
+
+    def __call__(
+        self, masks: Shaped[Tensor, "..."], maps: Shaped[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "k h w"]:
         """Foreground marginals of k masks, 0..1, at the size of the picture.
 
         Args:
             masks: one or more, of shape (k, hm, wm), bool or in 0..1. Masks of another size are
                 resized to the picture's.
+            maps: the soft maps that the masks were made from, in 0..1, as many as masks. They say how
+                sure a mask is of each pixel, if the settings use maps.
 
         Raises:
-            UserError: there are no masks, they have NaN or values outside 0..1, or the backend is not
-                installed.
+            UserError: there are no masks, masks or maps have NaN or values outside 0..1, their numbers
+                differ, or the backend is not installed.
         """
         height, width = self.image.shape[-2:]
         resized = resize(check_masks(masks).to(self.image), (height, width), "mask")
+        if maps is not None and self.settings.use_maps:
+            maps = check_masks(maps, "maps").to(self.image)
+            if len(maps) != len(masks):
+                raise UserError(f"Bad maps. Expected one per mask ({len(masks)}), got {len(maps)}.")
+            resized = confident_masks(resized, resize(maps, (height, width), "map"))
         solve = self.solve_joint if self.settings.joint else self.solve_alone
         with torch.no_grad(), torch.autocast(self.image.device.type, enabled=False):
             return resize(solve(resized), self.size, "mask").to(self.device)
 
     def solve_joint(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
-        """Solve one CRF with a label for each mask and a last one for the background."""
-        return self.infer(joint_unary(masks, self.settings.unary_strength))[:-1]
+        """Solve one CRF with a label for each mask and a last one for the background.
+
+        Colour models are learned from the softmax of the unary at first, then from the marginals.
+        """
+        unary = joint_unary(masks, self.settings.unary_strength)
+        if not self.settings.colour_weight:
+            return self.infer(unary)[:-1]
+        Q = torch.softmax(-unary, dim=0)
+        for _ in range(self.settings.colour_rounds):
+            Q = self.infer(unary - self.settings.colour_weight * self.evidence(Q))
+        return Q[:-1]
+
+    def evidence(self, Q: Float[Tensor, "labels h w"]) -> Float[Tensor, "labels h w"]:
+        """What the local colour models say for each label."""
+        flat = self.colour.evidence(rearrange(Q, "l h w -> l (h w)"))
+        return rearrange(flat, "l (h w) -> l h w", h=Q.shape[-2])
 
     def solve_alone(self, masks: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
         """Solve one binary CRF for each mask."""
-        strength = self.settings.unary_strength
-        if self.settings.backend == "pydensecrf":
-            alone = [self.infer(joint_unary(mask[None], strength))[:1] for mask in masks]
-            return torch.cat(alone)
-        logits = rearrange(strength * (2 * masks - 1), "k h w -> k (h w)")
+        if self.settings.backend == "pydensecrf" or self.settings.colour_weight:
+            return torch.cat([self.solve_joint(mask[None]) for mask in masks])
+        logits = rearrange(self.settings.unary_strength * (2 * masks - 1), "k h w -> k (h w)")
         Q = self.crf.infer_alone(logits, self.settings.iterations)
         return rearrange(Q, "k (h w) -> k h w", h=masks.shape[-2])
 
@@ -120,14 +152,14 @@ def colours(image: Shaped[Tensor, "..."]) -> Float[Tensor, "3 h w"]:
     return (image.detach().float() * 255).round_()
 
 
-def check_masks(masks: Shaped[Tensor, "..."]) -> Shaped[Tensor, "k hm wm"]:
-    """The masks as floats, after checking their shape and values."""
+def check_masks(masks: Shaped[Tensor, "..."], what: str = "masks") -> Shaped[Tensor, "k hm wm"]:
+    """The masks (or maps) as floats, after checking their shape and values."""
     if masks.ndim != 3 or masks.numel() == 0:
         raise UserError(
-            f"Bad masks. Expected at least one, of shape (masks, height, width), got {tuple(masks.shape)}."
+            f"Bad {what}. Expected at least one, of shape ({what}, height, width), got {tuple(masks.shape)}."
         )
     masks = masks.detach().float()
-    require_unit_range("masks", masks)
+    require_unit_range(what, masks)
     return masks
 
 
