@@ -30,8 +30,7 @@ class RefineCRF(io.ComfyNode):
             category=MASKS,
             search_aliases=["dense crf", "refine mask", "mask edges", "pydensecrf", "clean mask"],
             description="Makes masks follow the edges of the picture (DenseCRF, Kraehenbuehl and Koltun 2011; "
-            "pure PyTorch, nothing to compile). It improves rough masks but can spoil clean ones; 'off' passes "
-            "them through unchanged.",
+            "pure PyTorch, nothing to compile). 'off' passes them through unchanged.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture that the masks belong to."),
                 io.Mask.Input(
@@ -42,9 +41,11 @@ class RefineCRF(io.ComfyNode):
                 io.Combo.Input(
                     "preset",
                     options=CRF_PRESETS,
-                    default="cutler",
-                    tooltip="Which settings to use. cutler and diffumask: those published with CutLER and "
-                    "DiffuMask, for photos. demo: for the demo model's 64x64 pictures. off: no refinement.",
+                    default="local_colour",
+                    tooltip="Which settings to use. local_colour: for photos and generated pictures; it mends "
+                    "rough masks and leaves good ones alone. cutler and diffumask: those published with CutLER "
+                    "and DiffuMask, which change more and can swallow small things. demo: for the demo model's "
+                    "64x64 pictures. off: no refinement.",
                 ),
                 io.Boolean.Input(
                     "together",
@@ -63,8 +64,8 @@ class RefineCRF(io.ComfyNode):
                     min=0,
                     max=100,
                     optional=True,
-                    tooltip="How many rounds of refinement to run (mean-field updates). 0 uses the preset's "
-                    "number.",
+                    tooltip="How many mean-field updates to run, in each round if the preset has several. 0 "
+                    "uses the preset's number.",
                     **ADVANCED,
                 ),
                 io.Int.Input(
@@ -84,8 +85,9 @@ class RefineCRF(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     optional=True,
-                    tooltip="How much the given mask counts against the picture. Raise it to stay closer to "
-                    "the mask; near 0 nothing is left of it.",
+                    tooltip="How much the given mask counts against the picture, as a multiple of the "
+                    "preset's strength. Raise it to stay closer to the mask, lower it for very rough masks; "
+                    "near 0 nothing is left of it.",
                     **ADVANCED,
                 ),
             ],
@@ -111,7 +113,7 @@ class RefineCRF(io.ComfyNode):
             numbers,
             iterations=iterations or numbers.iterations,
             working_size=working_size or None,
-            unary_strength=strength,
+            unary_strength=strength * numbers.unary_strength,
             joint=together,
         )
         return io.NodeOutput(refine(image, mask, settings, soft))

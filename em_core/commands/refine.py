@@ -49,8 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="cutler",
-        help="which published settings to use (default: %(default)s)",
+        default="local_colour",
+        help="which settings to use: local_colour mends rough masks and leaves good ones alone, cutler and "
+        "diffumask are published ones, demo is for the demo model's pictures (default: %(default)s)",
     )
     parser.add_argument(
         "--iterations", type=int, help="number of mean-field updates (default: the preset's)"
