@@ -21,7 +21,8 @@ def em_settings(family: str) -> EMSettings:
         learning_rate=0.02,
         batch=2,
         attention_weight=0.2,
-        masks=MaskSettings(threshold=0.2, crf=DEMO),
+        generic_word="thing",
+        masks=MaskSettings(threshold=0.2, crf=DEMO, rivals=" and a thing"),
     )
 
 
@@ -45,11 +46,13 @@ def literal(settings: EMSettings) -> EMSettings:
         soft=False,
         all_layers=True,
         threshold=0.4,
+        regions=None,
+        rivals="",
         acceptance=0.0,
     )
     return replace(
         settings,
-        random_starts=1,
+        generic_word="",
         e_step_every=1,
         refresh=1,
         free_statistics=False,

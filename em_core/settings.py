@@ -33,8 +33,8 @@ class EMSettings:
         learning_rate: AdamW's learning rate for the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
         batch: noise samples per step, all of one picture (Break-a-Scene: 1).
         vectors: token vectors per concept.
-        random_starts: random draws for concepts without words (VCD: 1); the draw whose weakest mask has
-            the largest contrast is taken.
+        generic_word: what concepts without words start from, a word that fits any thing; "" starts
+            them from random vectors (VCD).
         masked_loss: whether the masks weight the diffusion loss (Eq. 3); False is Eq. 1.
         normalisation: how the masked loss is normalised; "mean" is Break-a-Scene's way.
         attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
@@ -59,7 +59,7 @@ class EMSettings:
     learning_rate: float = 5e-4
     batch: int = 1
     vectors: int = 1
-    random_starts: int = 16
+    generic_word: str = "object"
     masked_loss: bool = True
     normalisation: Normalisation = "area"
     attention_weight: float = 0.01
@@ -78,7 +78,6 @@ class EMSettings:
         require("steps", self.steps, self.steps >= 1, "at least 1")
         require("batch", self.batch, self.batch >= 1, "at least 1")
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
-        require("random_starts", self.random_starts, self.random_starts >= 1, "at least 1")
         require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
         require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
         for name in ("refresh", "attention_weight", "end_of_text_weight"):

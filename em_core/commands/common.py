@@ -1,5 +1,6 @@
 """What the commands share: loading models, reading pictures, showing progress."""
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..method.loop import StepEvent
 from ..method.state import RunState
 from ..pictures import read_mask, read_picture
 from ..prompts import ConceptPrompt
+from ..show.words import say_missing
 
 
 def positive(text: str) -> int:
@@ -151,9 +153,14 @@ class Progress:
         self.new_bar = None if quiet else load_tqdm()
         self.bar, self.phase = None, ""
         self.shown: dict[str, str] = {}
+        self.said = ""
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
-        """Update the bar for an event."""
+        """Update the bar for an event, and say once which concepts were not found."""
+        missing = say_missing(event.missing, len(state.pictures))
+        if event.masks and missing != self.said:
+            self.said = missing
+            self.write(missing or "All concepts are found now.")
         if event.phase != self.phase and event.phase != "start":
             self.open(event)
         if event.losses:
@@ -171,6 +178,13 @@ class Progress:
         titles = {"em": "learning tokens and masks", "joint": "learning tokens and weights"}
         if self.new_bar is not None:
             self.bar = self.new_bar(total=event.steps, desc=titles[event.phase], unit="step")
+
+    def write(self, line: str) -> None:
+        """Write a line above the bar, also where no bar is wanted."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(line + "\n")
 
     def close(self) -> None:
         """Close the bar, if one is open."""

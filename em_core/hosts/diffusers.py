@@ -42,23 +42,27 @@ ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
 KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
 
 
-def cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
-    """Map module paths to diffusers' cross-attention modules (attn2), in network order."""
-    return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+CROSS, SELF = "attn2", "attn1"
+
+
+def attention_modules(unet: nn.Module, kind: str) -> dict[str, Any]:
+    """Map module paths to diffusers' attention modules of a kind, in network order."""
+    return {name: module for name, module in unet.named_modules() if name.endswith(kind)}
 
 
 def record_attention(
     unet: nn.Module, recorder: AttentionRecorder
 ) -> AbstractContextManager[AttentionRecorder]:
-    """Let `recorder` see a diffusers UNet's cross-attention while the context is open."""
-    return listening(recorder, cross_attention_modules(unet))
+    """Let `recorder` see a diffusers UNet's attention while the context is open."""
+    return listening(recorder, attention_modules(unet, CROSS) | attention_modules(unet, SELF))
 
 
-def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
-    """Return a diffusers UNet's cross-attention layers, from the first down block to the last up block."""
+def attention_layers(unet: Any, latent_size: Size, kind: str = CROSS) -> tuple[AttentionLayer, ...]:
+    """Return a diffusers UNet's attention layers of a kind, from the first down block to the last up
+    block."""
     levels = len(unet.config.block_out_channels)
     layers: dict[str, list[AttentionLayer]] = {"down": [], "mid": [], "up": []}
-    for name in cross_attention_modules(unet):
+    for name in attention_modules(unet, kind):
         stage, _, rest = name.partition("_block")
         index = int(rest.split(".")[1]) if stage != "mid" else levels - 1
         level = levels - 1 - index if stage == "up" else index
@@ -123,6 +127,9 @@ class DiffusersHost:
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size)
+
+    def self_attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        return attention_layers(self.unet, latent_size, SELF)
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:

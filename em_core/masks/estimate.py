@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..pictures import Picture
 from .crf import MaskRefiner, labels
-from .measures import contrast
+from .regions import Regions, belonging
 from .resizing import resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
@@ -24,13 +24,11 @@ class Estimate:
         thresholded: B, the masks before refinement.
         probability: the refinement's marginals in 0..1, or B itself if there is no refinement.
         masks: M, the refined labels.
-        contrast: how much higher each normalised map is inside its mask than outside, at most 1.
     """
 
     thresholded: Bool[Tensor, "k H W"]
     probability: Float[Tensor, "k H W"]
     masks: Bool[Tensor, "k H W"]
-    contrast: Float[Tensor, " k"]
 
     def weights(self, soft: bool) -> Float[Tensor, "k H W"]:
         """Return the M-step's weights for its losses: the marginals if `soft`, otherwise the labels."""
@@ -42,17 +40,22 @@ def masks_from_maps(
     size: tuple[int, int],
     settings: MaskSettings,
     refine: Refine | None,
+    regions: Regions | None = None,
 ) -> Estimate:
-    """Resize, normalise, threshold and refine mean attention maps (VCD, "Mask extraction")."""
+    """Resize, normalise, threshold and refine mean attention maps (VCD, "Mask extraction").
+
+    With `regions`, each concept is first kept out of regions that belong to something else.
+    """
     scaled = min_max(resize(maps, size, "map"))
+    if regions is not None:
+        scaled = scaled * resize(belonging(min_max(maps), regions, settings.share), size, "mask")
+        scaled = scaled / scaled.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
-        return Estimate(
-            thresholded, thresholded.float(), thresholded, contrast(scaled, thresholded)
-        )
+        return Estimate(thresholded, thresholded.float(), thresholded)
     probability = refine(thresholded.float())
     masks = labels(probability, settings.crf is None or settings.crf.joint)
-    return Estimate(thresholded, probability, masks, contrast(scaled, masks))
+    return Estimate(thresholded, probability, masks)
 
 
 def make_refiner(picture: Picture, settings: MaskSettings) -> Refine | None:

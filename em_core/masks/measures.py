@@ -1,4 +1,4 @@
-"""Measures of masks: agreement, area, contrast and union."""
+"""Measures of masks: overlap, area, agreement with a map, union."""
 
 import torch
 from einops import reduce
@@ -18,17 +18,16 @@ def areas(masks: Bool[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
     return masks.float().mean(dim=(-2, -1))
 
 
-def contrast(maps: Float[Tensor, "k h w"], masks: Bool[Tensor, "k h w"]) -> Float[Tensor, " k"]:
-    """Return each map's mean inside its mask minus its mean outside.
+def agreement(maps: Float[Tensor, "k h w"], masks: Bool[Tensor, "k h w"]) -> Float[Tensor, " k"]:
+    """Return the correlation of each map with its mask, over the pixels: -1 to 1.
 
-    It is 0 for a mask that covers nothing or everything.
+    Of all masks, the one that cuts the map at Otsu's threshold agrees most, whatever its size. It is
+    0 for a mask that covers nothing or everything, and for a constant map.
     """
-    inside = masks.float()
-    outside = 1 - inside
-    area_in, area_out = (reduce(part, "k h w -> k", "sum") for part in (inside, outside))
-    mean_in = reduce(maps * inside, "k h w -> k", "sum") / area_in.clamp(min=1)
-    mean_out = reduce(maps * outside, "k h w -> k", "sum") / area_out.clamp(min=1)
-    return (mean_in - mean_out) * (area_in > 0) * (area_out > 0)
+    x, m = maps.flatten(1).double(), masks.flatten(1).double()
+    x, m = x - x.mean(dim=1, keepdim=True), m - m.mean(dim=1, keepdim=True)
+    scale = x.norm(dim=1) * m.norm(dim=1)
+    return torch.where(scale > 1e-9, (x * m).sum(dim=1) / scale.clamp(min=1e-9), 0.0).float()
 
 
 def union(masks: Float[Tensor, "b k h w"]) -> Float[Tensor, "b 1 h w"]:

@@ -23,8 +23,15 @@ class MaskSettings:
         soft: whether to train under the CRF's marginals instead of its labels.
         crf: settings of the DenseCRF, or None for no refinement.
         guards: checks that a new mask has to pass.
-        acceptance: share of the present mask's contrast (how much higher its map is inside than
-            outside) that a new mask must reach; 0 takes every mask that the guards believe (VCD).
+        regions: largest divergence in nats, between the self-attention of two neighbouring parts of
+            the picture, at which they are one region; see :mod:`em_core.masks.regions`. None keeps
+            concepts apart by their maps alone (VCD).
+        share: a region belongs to a concept if its map there has at least this share of its mean in
+            the concept's best region.
+        rivals: words that are added to the prompt while masks are read, so that what the prompt does
+            not name has a word to go to, such as " and a thing". "" adds none (VCD).
+        acceptance: share of the present mask's agreement with fresh maps that a new mask must reach
+            to take its place; 0 takes every mask that the guards believe (VCD).
     """
 
     init_timesteps: int = 50
@@ -35,6 +42,9 @@ class MaskSettings:
     soft: bool = True
     crf: CRFSettings | None = field(default_factory=CRFSettings)
     guards: Guards = field(default_factory=Guards)
+    regions: float | None = 0.08
+    share: float = 0.6
+    rivals: str = ""
     acceptance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,4 +54,7 @@ class MaskSettings:
         require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
         fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
         require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
+        limit = self.regions
+        require("divergence of regions", limit, limit is None or limit > 0, "more than 0, or None")
+        require("share", self.share, 0 < self.share <= 1, "more than 0 and at most 1")
         require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

@@ -7,11 +7,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..masks.estimate import masks_from_maps
+from ..masks.measures import agreement, areas
+from ..masks.regions import Regions
+from ..masks.resizing import resize
 from ..masks.thresholds import min_max
 from ..model.layers import finest_size, mask_layers
 from ..model.recording import AttentionMaps, mean_maps
 from .m_step import Draw
-from .maps import average_maps
+from .maps import read_attention
 from .problem import Prepared, Problem
 from .state import PictureState, RunState, generator_at
 
@@ -57,24 +60,33 @@ def e_step_picture(
     picture: PictureState,
     generator: torch.Generator,
 ) -> PictureState:
-    """New maps and masks of one picture; a mask that the guards do not believe stays as it was."""
+    """New maps and masks of one picture.
+
+    A new mask takes the present one's place if the guards believe it and it agrees with maps that
+    neither was made from as well as the present one does.
+    """
     settings = problem.settings
-    maps = latest_maps(problem, state, prepared, picture, generator)
-    estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine)
+    maps, fresh = latest_maps(problem, state, prepared, picture, generator)
+    regions = None if picture.regions is None else Regions(picture.regions)
+    estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
-    accepted &= estimate.contrast >= settings.masks.acceptance * picture.contrast
+    judge = resize(fresh, prepared.size, "map")
+    present = agreement(judge, picture.labels) * picture.found
+    accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
     masks, labels = estimate.weights(settings.masks.soft), estimate.masks
     old_masks, old_labels = picture.masks, picture.labels
     if settings.masks.competition:
         old_masks, old_labels = without_taken(labels[accepted], old_masks, old_labels)
     pixels = accepted[:, None, None]
+    labels = torch.where(pixels, labels, old_labels)
     return PictureState(
         maps=maps,
         pending=torch.zeros_like(picture.pending),
         pending_count=torch.zeros_like(picture.pending_count),
         masks=torch.where(pixels, masks, old_masks),
-        labels=torch.where(pixels, labels, old_labels),
-        contrast=torch.where(accepted, estimate.contrast, picture.contrast),
+        labels=labels,
+        found=(picture.found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
+        regions=picture.regions,
     )
 
 
@@ -92,19 +104,22 @@ def latest_maps(
     prepared: Prepared,
     picture: PictureState,
     generator: torch.Generator,
-) -> Float[Tensor, "k h w"]:
-    """Mean of the maps gathered since the last E-step and of the refresh's, each scaled to 0..1.
+) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k h w"]]:
+    """Maps for new masks, each scaled to 0..1, and maps to judge them by.
 
-    A concept that no pass has seen since keeps the maps that it had.
+    The first are the mean of what was gathered since the last E-step and of half of the refresh's
+    passes, the second of the other half. Where every mask is taken, or where there is no refresh,
+    nothing is held back. A concept that no pass has seen since keeps the maps that it had.
     """
     settings, host = problem.settings, problem.host
-    total, count = picture.pending, picture.pending_count
-    if settings.refresh:
-        with torch.no_grad():
-            conditioning = host.encode_prompts([prepared.example.prompt], state.vectors)
-        maps = average_maps(
-            host, prepared, conditioning, settings.masks, settings.refresh, generator
-        )
-        total, count = total + settings.refresh * maps, count + settings.refresh
+    total, count, fresh = picture.pending, picture.pending_count, None
+    passes = settings.refresh
+    if passes:
+        reading = read_attention(host, prepared, state.vectors, settings.masks, passes, generator)
+        held_back = settings.masks.acceptance > 0 and passes > 1
+        maps, fresh = reading.halves if held_back else (reading.maps, None)
+        passes = (passes + 1) // 2 if held_back else passes
+        total, count = total + passes * maps, count + passes
     mean = total / count.clamp(min=1)[:, None, None]
-    return torch.where(count[:, None, None] > 0, min_max(mean), picture.maps)
+    maps = torch.where(count[:, None, None] > 0, min_max(mean), picture.maps)
+    return maps, maps if fresh is None else fresh

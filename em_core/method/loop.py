@@ -24,6 +24,8 @@ class StepEvent:
         losses: name -> value of this step (empty at the start).
         masks: whether the masks were estimated at this step.
         iou, area, change: concept -> value of its masks, mean over pictures; where `masks` is set.
+        missing: concept -> numbers, from 1, of the pictures that name it and in which nothing was
+            found that could be learned from; where `masks` is set.
     """
 
     phase: str
@@ -34,6 +36,7 @@ class StepEvent:
     iou: Mapping[str, float] = field(default_factory=dict)
     area: Mapping[str, float] = field(default_factory=dict)
     change: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def points(self) -> dict[str, float]:
         """Curve name -> this step's value."""
@@ -112,8 +115,25 @@ def measured(
         for (p, s), old in zip(pairs, before.pictures if before else [], strict=before is not None)
     ]
     return replace(
-        event, masks=True, iou=mean_of(truth), area=mean_of(area), change=mean_of(change)
+        event,
+        masks=True,
+        iou=mean_of(truth),
+        area=mean_of(area),
+        change=mean_of(change),
+        missing=not_found(problem, state),
     )
+
+
+def not_found(problem: Problem, state: RunState) -> dict[str, tuple[int, ...]]:
+    """Concept -> numbers, from 1, of the pictures that name it and in which it has no mask."""
+    missing: dict[str, tuple[int, ...]] = {}
+    for number, (prepared, picture) in enumerate(
+        zip(problem.pictures, state.pictures, strict=True), start=1
+    ):
+        for name, found in zip(prepared.names, picture.found.tolist(), strict=True):
+            if not found:
+                missing[name] = (*missing.get(name, ()), number)
+    return missing
 
 
 def by_name(names: Sequence[str], values: Float[Tensor, " k"]) -> dict[str, float]:

@@ -43,17 +43,22 @@ class Draw:
     Z0: Float[Tensor, "b c h w"]
 
 
-def draw(problem: Problem, generator: torch.Generator) -> Draw:
-    """Pick a picture, subsets of its concepts, times and noise."""
+def draw(problem: Problem, state: RunState, generator: torch.Generator) -> Draw:
+    """Pick a picture, subsets of the concepts that were found in it, times and noise."""
     settings, host = problem.settings, problem.host
-    index = int(torch.randint(len(problem.pictures), (), generator=generator))
+    usable = [i for i, picture in enumerate(state.pictures) if bool(picture.found.any())]
+    index = usable[int(torch.randint(len(usable), (), generator=generator))]
     prepared = problem.pictures[index]
-    subsets = tuple(draw_subset(prepared.names, settings, generator) for _ in range(settings.batch))
+    flags = state.pictures[index].found.tolist()
+    found = [name for name, flag in zip(prepared.names, flags, strict=True) if flag]
+    names = found if settings.draws_subsets else prepared.names
+    subsets = tuple(draw_subset(names, settings, generator) for _ in range(settings.batch))
     flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
     Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
     t = host.schedule.draw_times(settings.batch, generator).to(host.device)
     present = torch.tensor(
-        [[float(n in s) for n in prepared.names] for s in subsets], device=host.device
+        [[float(n in s and n in found) for n in prepared.names] for s in subsets],
+        device=host.device,
     )
     eps = like_noise(Z0, settings.batch, generator)
     return Draw(index, subsets, present, flipped, t, eps, Z0.expand_as(eps))
@@ -122,7 +127,7 @@ def forward_backward(
 ) -> tuple[Draw, Terms, AttentionMaps]:
     """Draw, predict, and add the loss's gradient to the parameters'."""
     host = problem.host
-    drawn = draw(problem, generator)
+    drawn = draw(problem, state, generator)
     prepared = problem.pictures[drawn.index]
     conditioning = condition(problem, state, drawn)
     wanted = recorded_layers(problem, prepared, state.phase)

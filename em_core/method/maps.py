@@ -1,20 +1,19 @@
 """Attention maps of one picture's concepts, averaged over noisy versions of it (VCD Eq. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TrainingError, UserError
-from ..masks.estimate import Estimate, masks_from_maps
 from ..masks.settings import MaskSettings
-from ..masks.thresholds import min_max
 from ..model.columns import select_columns
 from ..model.layers import AttentionLayer, finest_size, mask_layers
 from ..model.protocol import Conditioning, DiffusionModel
-from ..model.recording import AttentionMaps, AttentionRecorder, mean_maps
-from ..prompts import ConceptVectors
+from ..model.recording import AttentionRecorder, mean_maps
+from ..prompts import ConceptPrompt, ConceptVectors
 from .problem import Prepared
 
 
@@ -44,70 +43,94 @@ def recorder_for(
     return AttentionRecorder(select, {layer.name: layer for layer in layers}, grad)
 
 
-def attention_masks(
+@dataclass(frozen=True)
+class Reading:
+    """Attention of one picture, averaged over noisy versions of it.
+
+    Attributes:
+        maps: [k, h, w] mean maps of all passes.
+        halves: the same of every other pass and of the rest, for what has to be judged on passes that
+            it was not made from; equal where there was one pass.
+        affinity: [n, n] mean self-attention of the layers that regions are read from; None where it
+            was not recorded.
+    """
+
+    maps: Float[Tensor, "k h w"]
+    halves: tuple[Float[Tensor, "k h w"], Float[Tensor, "k h w"]]
+    affinity: Float[Tensor, "n n"] | None
+
+
+def with_rivals(prompt: ConceptPrompt, rivals: str) -> ConceptPrompt:
+    """The prompt with words at its end that take the attention of what it does not name.
+
+    The text encoders are causal, so the concepts are encoded as without them.
+    """
+    return ConceptPrompt((*prompt.parts, rivals)) if rivals else prompt
+
+
+@torch.no_grad()
+def read_attention(
     host: DiffusionModel,
     prepared: Prepared,
     vectors: ConceptVectors,
     settings: MaskSettings,
     passes: int,
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "k h w"], Estimate]:
-    """Mean maps of `passes` passes with the given vectors, scaled to 0..1, and the masks that they
-    make (VCD S1)."""
-    with torch.no_grad():
-        conditioning = host.encode_prompts([prepared.example.prompt], vectors)
-    maps = min_max(average_maps(host, prepared, conditioning, settings, passes, generator))
-    return maps, masks_from_maps(maps, prepared.size, settings, prepared.refine)
-
-
-@torch.no_grad()
-def average_maps(
-    host: DiffusionModel,
-    prepared: Prepared,
-    conditioning: Conditioning,
-    settings: MaskSettings,
-    passes: int,
-    generator: torch.Generator,
+    regions: bool = False,
     batch: int = 10,
-) -> Float[Tensor, "k h w"]:
-    """Mean attention maps over `passes` noisy versions of one picture (VCD: 50 random timesteps).
+) -> Reading:
+    """Mean attention over `passes` noisy versions of one picture (VCD: 50 random timesteps).
 
     Times and noise are drawn for all passes at once, each time from a part of its own of the
     schedule, so that the result does not depend on how many passes go through the model together.
+
+    Args:
+        regions: record the self-attention too.
 
     Raises:
         TrainingError: the model's attention is not finite.
     """
     if passes < 1:
         raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
+    prompt = with_rivals(prepared.example.prompt, settings.rivals)
+    conditioning = host.encode_prompts([prompt], vectors)
     wanted = mask_layers(prepared.layers, settings.all_layers)
+    among = {layer.name: layer for layer in prepared.self_layers} if regions else {}
     size, k = finest_size(prepared.layers), len(prepared.names)
     t = host.schedule.draw_times(passes, generator, *settings.timesteps).to(host.device)
     eps = like_noise(prepared.Z0, passes, generator)
-    total = torch.zeros(k, *size, device=prepared.Z0.device)
+    maps, affinity = [], []
     for times, noise in zip(t.split(batch), eps.split(batch), strict=True):
-        maps = noisy_maps(host, prepared, conditioning, wanted, times, noise)
-        total = total + mean_maps(maps, wanted, size)[:, :k].sum(dim=0)
-    if not torch.isfinite(total).all():
+        recorder = noisy_pass(host, prepared, conditioning, wanted, times, noise, among)
+        maps.append(mean_maps(recorder.maps, wanted, size)[:, :k])
+        if recorder.affinity:
+            layers = torch.stack(list(recorder.affinity.values()))
+            affinity.append(layers.mean(dim=0) * (len(times) / passes))
+    every = torch.cat(maps)
+    if not torch.isfinite(every).all():
         raise TrainingError(
             "The model's attention is not finite. Use a smaller learning rate or a wider number type."
         )
-    return total / passes
+    halves = every[::2].mean(dim=0), every[1::2].mean(dim=0) if passes > 1 else every[0]
+    whole = torch.stack(affinity).sum(dim=0) if affinity else None
+    return Reading(every.mean(dim=0), halves, whole)
 
 
-def noisy_maps(
+def noisy_pass(
     host: DiffusionModel,
     prepared: Prepared,
     conditioning: Conditioning,
     wanted: Sequence[str],
     t: Float[Tensor, " b"],
     eps: Float[Tensor, "b c h w"],
-) -> AttentionMaps:
-    """Maps of one batch of noisy latents under one prompt."""
+    among: Mapping[str, AttentionLayer],
+) -> AttentionRecorder:
+    """What the recorder saw of one batch of noisy latents under one prompt."""
     Z_t = host.schedule.add_noise(prepared.Z0.expand_as(eps), eps, t)
     repeated = conditioning.rows([0] * len(t))
     layers = [layer for layer in prepared.layers if layer.name in wanted]
     recorder = recorder_for(repeated, prepared.names, layers, host.device)
+    recorder.among = among
     with host.record_attention(recorder):
         host.predict(Z_t, t, repeated)
-    return recorder.maps
+    return recorder

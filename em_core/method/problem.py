@@ -13,7 +13,7 @@ from ..examples import Example, fitted_size, stack_masks
 from ..masks.estimate import Refine, make_refiner
 from ..masks.resizing import Size, resize
 from ..masks.settings import MaskSettings
-from ..model.layers import AttentionLayer
+from ..model.layers import AttentionLayer, region_layers
 from ..model.protocol import DiffusionModel
 from ..prompts import Concept, merge_concepts
 from ..settings import EMSettings, JointSettings
@@ -30,7 +30,8 @@ class Prepared:
         size: (height, width) in pixels at which the model sees the picture.
         Z0: the picture's latent.
         Z0_flipped: that of the mirrored picture, where mirroring is asked for.
-        layers: the model's attention layers at this size.
+        layers: the model's attention layers at this size that read text.
+        self_layers: those in which pixels attend to one another, as far as regions are read from them.
         refine: the picture's DenseCRF, or None where it is off.
     """
 
@@ -39,6 +40,7 @@ class Prepared:
     Z0: Latent
     Z0_flipped: Latent | None
     layers: tuple[AttentionLayer, ...]
+    self_layers: tuple[AttentionLayer, ...]
     refine: Refine | None
 
     @property
@@ -100,12 +102,14 @@ def prepare_picture(
     size = fitted_size(height, width, side or host.image_side, host.image_multiple)
     picture = resize(example.picture, size, "picture").to(host.device)
     Z0 = encode(host, picture)
+    latent_size = (Z0.shape[-2], Z0.shape[-1])
     return Prepared(
         example=example,
         size=size,
         Z0=Z0,
         Z0_flipped=encode(host, picture.flip(-1)) if flip else None,
-        layers=host.attention_layers((Z0.shape[-2], Z0.shape[-1])),
+        layers=host.attention_layers(latent_size),
+        self_layers=region_layers(host.self_attention_layers(latent_size)),
         refine=make_refiner(picture, masks),
     )
 

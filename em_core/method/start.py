@@ -1,40 +1,67 @@
 """Where a run starts (VCD S0 and S1): token vectors from words or at random, and the first masks."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import UserError
 from ..examples import stack_masks
+from ..masks.estimate import Estimate, masks_from_maps
+from ..masks.regions import Regions, best_assignment, find_regions
+from ..masks.resizing import resize
+from ..masks.settings import MaskSettings
+from ..masks.thresholds import min_max
 from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
-from .maps import attention_masks
+from .maps import read_attention
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
-# What a random start is judged by: passes per picture, and pictures per concept.
-START_PASSES = 8
-START_PICTURES = 2
-
 
 def initialise(problem: Problem) -> RunState:
-    """Start vectors from the concepts' words and, where the mode wants them, masks (VCD S0, S1)."""
+    """Start vectors from the concepts' words and, where the mode wants them, masks (VCD S0, S1).
+
+    Raises:
+        UserError: no concept was found in any picture.
+    """
     generator = torch.Generator().manual_seed(problem.settings.seed)
-    vectors = choose_random_starts(problem, start_vectors(problem, generator), generator)
-    pictures = tuple(first_masks(problem, p, vectors, generator) for p in problem.pictures)
-    return RunState(vectors, generator.get_state(), pictures)
+    vectors = start_vectors(problem, generator)
+    pictures = [first_masks(problem, p, vectors, generator) for p in problem.pictures]
+    pictures = like_the_first(problem, pictures)
+    if not any(bool(picture.found.any()) for picture in pictures):
+        raise UserError(
+            f"None of {', '.join(c.name for c in problem.concepts)} was found in the pictures. Give "
+            "words that say what is to be seen, as in <rex:dog>, or paint masks and take mode given."
+        )
+    return RunState(vectors, generator.get_state(), tuple(pictures))
 
 
 def start_vectors(problem: Problem, generator: torch.Generator) -> ConceptVectors:
-    """Vectors from each concept's words, or one random draw."""
-    host, count = problem.host, problem.settings.vectors
+    """Vectors from each concept's words, or from the settings' generic word where it has none."""
+    host, settings = problem.host, problem.settings
     return own_copies(
-        {c.name: host.initial_vectors(c.words, count, generator) for c in problem.concepts}
+        {
+            c.name: host.initial_vectors(
+                c.words or settings.generic_word, settings.vectors, generator
+            )
+            for c in problem.concepts
+        }
     )
+
+
+def alike_concepts(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Groups of two or more concepts that start from the same words, as indices in order.
+
+    Concepts without words are alike too.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, text in enumerate(words):
+        groups.setdefault(text.lower(), []).append(index)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def own_copies(vectors: ConceptVectors) -> ConceptVectors:
@@ -45,67 +72,13 @@ def own_copies(vectors: ConceptVectors) -> ConceptVectors:
     }
 
 
-@torch.no_grad()
-def choose_random_starts(
-    problem: Problem, vectors: ConceptVectors, generator: torch.Generator
-) -> ConceptVectors:
-    """Give concepts without words the best of several random draws; see `EMSettings.random_starts`.
-
-    A start from which a token attends to the background or to another concept's object is rarely
-    left by the loop. Its mask has little contrast, so the draw wins whose weakest mask has the most,
-    in the first pictures of each such concept. All draws see the same noise.
-    """
-    settings, host = problem.settings, problem.host
-    wordless = [concept.name for concept in problem.concepts if not concept.words]
-    if not wordless or settings.random_starts == 1 or settings.mode in ("given", "none"):
-        return vectors
-    pictures = [
-        prepared
-        for i, prepared in enumerate(problem.pictures)
-        if any(i in pictures_of(problem, name)[:START_PICTURES] for name in wordless)
-    ]
-    noise = generator.get_state()
-    draws: list[ConceptVectors] = [{name: vectors[name] for name in wordless}]
-    for _ in range(settings.random_starts - 1):
-        draws.append(
-            {name: host.initial_vectors("", settings.vectors, generator) for name in wordless}
-        )
-    scores = []
-    for draw in draws:
-        same = torch.Generator()
-        same.set_state(noise)
-        scores.append(weakest_contrast(problem, pictures, {**vectors, **draw}, same))
-    best = draws[max(range(len(draws)), key=scores.__getitem__)]
-    return {**vectors, **own_copies(best)}
-
-
-def pictures_of(problem: Problem, name: str) -> list[int]:
-    """Indices of the pictures whose prompts name a concept."""
-    return [i for i, prepared in enumerate(problem.pictures) if name in prepared.names]
-
-
-def weakest_contrast(
-    problem: Problem,
-    pictures: Sequence[Prepared],
-    vectors: ConceptVectors,
-    generator: torch.Generator,
-) -> float:
-    """The least contrast of the masks that these vectors give, over concepts and pictures."""
-    masks = problem.settings.masks
-    estimates = [
-        attention_masks(problem.host, prepared, vectors, masks, START_PASSES, generator)[1]
-        for prepared in pictures
-    ]
-    return min(float(estimate.contrast.min()) for estimate in estimates)
-
-
 def whole_picture(prepared: Prepared) -> PictureState:
     """No maps yet, and masks that cover everything."""
     device, count = prepared.Z0.device, len(prepared.names)
     maps = torch.zeros(count, *finest_size(prepared.layers), device=device)
     masks = torch.ones(count, *prepared.size, device=device)
     none = torch.zeros(count, device=device)
-    return PictureState(maps, torch.zeros_like(maps), none, masks, masks > 0.5, none)
+    return PictureState(maps, torch.zeros_like(maps), none, masks, masks > 0.5, none == 0)
 
 
 def first_masks(
@@ -118,16 +91,107 @@ def first_masks(
     if settings.mode == "given":
         labels = given_masks(prepared).to(problem.host.device)
         return replace(blank, masks=labels.float(), labels=labels)
-    passes = settings.masks.init_timesteps
-    maps, estimate = attention_masks(
-        problem.host, prepared, vectors, settings.masks, passes, generator
-    )
+    by_name = {c.name: c.words or settings.generic_word for c in problem.concepts}
+    alike = alike_concepts([by_name[name] for name in prepared.names])
+    found = masks_of_vectors(problem.host, prepared, vectors, settings.masks, alike, generator)
+    estimate = found.estimate
     return replace(
         blank,
-        maps=maps,
+        maps=found.maps,
         masks=estimate.weights(settings.masks.soft),
         labels=estimate.masks,
-        contrast=estimate.contrast,
+        found=settings.masks.guards.accept(estimate.masks, estimate.thresholded),
+        regions=found.regions,
+    )
+
+
+@dataclass(frozen=True)
+class FirstMasks:
+    """What vectors find in a picture.
+
+    Attributes:
+        maps: [k, h, w] attention maps, each scaled to 0..1.
+        estimate: the masks that they make.
+        regions: [h, w] the picture's regions; None where they are not looked for.
+    """
+
+    maps: Float[Tensor, "k _h _w"]
+    estimate: Estimate
+    regions: Int[Tensor, "_h _w"] | None
+
+
+def masks_of_vectors(
+    host: DiffusionModel,
+    prepared: Prepared,
+    vectors: ConceptVectors,
+    settings: MaskSettings,
+    alike: tuple[tuple[int, ...], ...],
+    generator: torch.Generator,
+) -> FirstMasks:
+    """Masks from nothing but the attention of given vectors (VCD S1).
+
+    Args:
+        alike: concepts whose vectors are the same, as indices in the prompt's order; they are given
+            their regions from left to right.
+    """
+    passes, limit = settings.init_timesteps, settings.regions
+    reading = read_attention(
+        host, prepared, vectors, settings, passes, generator, regions=limit is not None
+    )
+    labels = None
+    if limit is not None and reading.affinity is not None:
+        labels = find_regions(reading.affinity, prepared.self_layers[0].size, limit)
+    maps = min_max(reading.maps)
+    regions = None if labels is None else Regions(labels, alike)
+    estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
+    return FirstMasks(maps, estimate, labels)
+
+
+def like_the_first(problem: Problem, pictures: Sequence[PictureState]) -> list[PictureState]:
+    """Pictures in which concepts that are alike have the masks that look as in the first picture.
+
+    Left and right say which is which in the first picture that names two of them; in the next,
+    the colours do: the mean latents under the masks.
+    """
+    settings, after = problem.settings, list(pictures)
+    if settings.mode not in ("em", "fixed"):
+        return after
+    words = {c.name: c.words or settings.generic_word for c in problem.concepts}
+    names = list(words)
+    for group in alike_concepts(list(words.values())):
+        looks: dict[str, Tensor] = {}
+        for index, prepared in enumerate(problem.pictures):
+            here = [n for n in prepared.names if n in {names[i] for i in group}]
+            rows = [prepared.names.index(name) for name in here]
+            means = mean_latents(prepared, after[index].masks[rows])
+            known = [i for i, name in enumerate(here) if name in looks]
+            if len(known) > 1:
+                old = torch.stack([looks[here[i]] for i in known])
+                order = best_assignment(-torch.cdist(old, means[known]))
+                taken = [rows[known[i]] for i in order]
+                after[index] = reordered(after[index], [rows[i] for i in known], taken)
+                means = mean_latents(prepared, after[index].masks[rows])
+            looks |= {n: m for n, m in zip(here, means, strict=True) if n not in looks}
+    return after
+
+
+def mean_latents(prepared: Prepared, masks: Float[Tensor, "k H W"]) -> Float[Tensor, "k c"]:
+    """Mean latent under each mask."""
+    Z0 = prepared.Z0[0]
+    small = resize(masks, (Z0.shape[-2], Z0.shape[-1]), "mask").flatten(1)
+    return small @ Z0.flatten(1).T / small.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def reordered(picture: PictureState, rows: Sequence[int], taken: Sequence[int]) -> PictureState:
+    """The picture with the masks of concepts `rows` replaced by those of concepts `taken`."""
+    order = list(range(len(picture.masks)))
+    for row, other in zip(rows, taken, strict=True):
+        order[row] = other
+    return replace(
+        picture,
+        masks=picture.masks[order],
+        labels=picture.labels[order],
+        found=picture.found[order],
     )
 
 

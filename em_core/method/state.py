@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..prompts import ConceptVectors
@@ -24,7 +24,8 @@ class PictureState:
         pending: [k, h, w] sum of the maps seen since then, `pending_count` [k] of them.
         masks: [k, H, W] masks that the M-step trains under, 0..1.
         labels: [k, H, W] the same as labels.
-        contrast: [k] of the masks when they were estimated; see `Estimate`.
+        found: [k] whether a concept has a mask worth learning under.
+        regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
     """
 
     maps: Float[Tensor, "k h w"]
@@ -32,7 +33,8 @@ class PictureState:
     pending_count: Float[Tensor, " k"]
     masks: Float[Tensor, "k H W"]
     labels: Bool[Tensor, "k H W"]
-    contrast: Float[Tensor, " k"]
+    found: Bool[Tensor, " k"]
+    regions: Int[Tensor, "_h _w"] | None = None
 
 
 @dataclass(frozen=True)

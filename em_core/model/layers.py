@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..masks.resizing import Size
 
 LOSS_SIDE = 16
+REGION_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ def mask_layers(layers: Sequence[AttentionLayer], all_layers: bool) -> tuple[str
     of_loss = set(loss_layers(layers))
     least = min(layer.pixels for layer in layers if layer.name in of_loss)
     return names_of(layers, lambda layer: layer.localises and layer.pixels >= least)
+
+
+def region_layers(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+    """The self-attention layers that regions are read from: the finest of 32x32 cells or fewer."""
+    fit = [layer for layer in layers if layer.localises and layer.pixels <= REGION_SIDE**2]
+    most = max((layer.pixels for layer in fit), default=0)
+    return tuple(layer for layer in fit if layer.pixels == most)
 
 
 def finest_size(layers: Sequence[AttentionLayer]) -> Size:

@@ -75,6 +75,14 @@ class DiffusionModel(Protocol):
         """The attention layers that read text, in the model's order, for latents of this size."""
         ...
 
+    def self_attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        """The layers in which pixels attend to one another, as :meth:`attention_layers`.
+
+        The recorder's `among` names those to record. A host that can not record them gives none;
+        regions are then not looked for.
+        """
+        ...
+
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Scaled latents (posterior means) of pictures in -1..1; any number of channels c."""
         ...

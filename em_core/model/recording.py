@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..masks.resizing import Size, resize
-from .columns import column_probabilities
+from .columns import column_probabilities, split_heads
 from .layers import AttentionLayer, size_of_map
 
 AttentionMaps = dict[str, Tensor]
@@ -32,17 +32,22 @@ class AttentionRecorder:
             :func:`em_core.model.columns.select_columns`.
         layers: name -> the layers to record.
         grad: keep the graph, so that losses on the maps reach the concept vectors.
+        among: name -> the self-attention layers to record, all of one size with n pixels.
         maps: layer name -> [b, k, h, w], values in 0..1, filled during the forward pass.
+        affinity: layer name of `among` -> [n, n], how the pixels attend to one another, mean over
+            heads and samples; each row sums to 1.
     """
 
     select: Mapping[str, Float[Tensor, "b k _t"]]
     layers: Mapping[str, AttentionLayer]
     grad: bool = False
+    among: Mapping[str, AttentionLayer] = field(default_factory=dict)
     maps: AttentionMaps = field(default_factory=dict)
+    affinity: AttentionMaps = field(default_factory=dict)
 
     def wants(self, layer: str) -> bool:
         """Whether `layer` is to be recorded."""
-        return layer in self.layers
+        return layer in self.layers or layer in self.among
 
     def record(
         self,
@@ -62,7 +67,9 @@ class AttentionRecorder:
             others: further keys under the same softmax: the image's own in joint attention. None
                 for cross-attention, whose softmax is over the text alone.
         """
-        if not self.wants(layer):
+        if layer in self.among:
+            self.record_affinity(layer, q, k, heads)
+        if layer not in self.layers:
             return
         described = self.layers[layer]
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -70,12 +77,30 @@ class AttentionRecorder:
             height, _ = size_of_map(q.shape[1], described.size)
             self.maps[layer] = rearrange(maps, "b k (h w) -> b k h w", h=height)
 
+    @torch.no_grad()
+    def record_affinity(
+        self, layer: str, q: Float[Tensor, "b n c"], k: Float[Tensor, "b n c"], heads: int
+    ) -> None:
+        """Keep a self-attention layer's probabilities, one sample at a time to save memory.
+
+        A layer that a patch has given other pixels than its own (merged or cut into tiles) is left
+        out.
+        """
+        pixels = self.among[layer].pixels
+        if q.shape[1] != pixels or k.shape[1] != pixels:
+            return
+        q, k = split_heads(q, heads).float(), split_heads(k, heads).float()
+        total = torch.zeros(pixels, pixels, device=q.device)
+        for one, other in zip(q * q.shape[-1] ** -0.5, k, strict=True):
+            total += (one @ other.mT).softmax(dim=-1).mean(dim=0)
+        self.affinity[layer] = total / len(q)
+
 
 @contextmanager
 def listening(
     recorder: AttentionRecorder, modules: Mapping[str, Any]
 ) -> Iterator[AttentionRecorder]:
-    """Let `recorder` see the queries and keys of cross-attention layers while the context is open.
+    """Let `recorder` see the queries and keys of attention layers while the context is open.
 
     `modules` gives each layer's attention, with its projections `to_q` and `to_k` and its number of
     `heads`. The projections' outputs are listened to, so attention kernels, processors and LoRAs stay

@@ -10,9 +10,8 @@ from ..examples import Example
 from ..masks.crf import CUTLER, CRFSettings, MaskRefiner, labels
 from ..masks.resizing import cut, resize
 from ..masks.settings import MaskSettings
-from ..method.maps import attention_masks
 from ..method.problem import prepare_picture
-from ..method.start import known_vectors
+from ..method.start import alike_concepts, known_vectors, masks_of_vectors
 from ..model.protocol import DiffusionModel
 from ..pictures import Picture
 from ..presets import em_settings
@@ -62,14 +61,15 @@ def find_masks(
     settings = settings or em_settings(host.identity().family).masks
     prepared = prepare_picture(host, example, settings)
     generator = torch.Generator().manual_seed(seed)
-    passes = settings.init_timesteps
+    learned = concepts.vectors if concepts else {}
+    alike = alike_concepts([c.name if c.name in learned else c.words for c in prompt.concepts])
     with host.applied(
         concepts.weights if concepts else {}, concepts.lora_scale if concepts else 1.0
     ):
-        maps, estimate = attention_masks(host, prepared, vectors, settings, passes, generator)
+        found = masks_of_vectors(host, prepared, vectors, settings, alike, generator)
     size = (picture.shape[-2], picture.shape[-1])
-    masks = cut(resize(estimate.masks.float(), size, "mask"))
-    return FoundMasks(prompt.names, masks.cpu(), maps.cpu())
+    masks = cut(resize(found.estimate.masks.float(), size, "mask"))
+    return FoundMasks(prompt.names, masks.cpu(), found.maps.cpu())
 
 
 def refine_masks(

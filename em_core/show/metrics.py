@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..method.loop import not_found
 from ..method.problem import Problem
 from ..method.state import Curves, RunState
 
@@ -23,7 +24,10 @@ def final_iou(curves: Curves) -> float | None:
 
 
 def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]:
-    """Return the content of metrics.json; `iou` and `final_iou` are None without true masks."""
+    """Return the content of metrics.json; `iou` and `final_iou` are None without true masks.
+
+    `missing` names the concepts that have no mask, with the numbers of those pictures.
+    """
     curves = state.curves
     found = curves_of(curves, "loss")
     joint = curves_of(curves, "joint_loss")
@@ -35,5 +39,6 @@ def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]
         "iou": curves_of(curves, "iou") or None,
         "final_iou": final_iou(curves),
         "area": curves_of(curves, "area"),
+        "missing": not_found(problem, state),
         "losses": found | {f"joint_{name}": points for name, points in joint.items()},
     }

@@ -1,4 +1,4 @@
-"""Cross-attention of ComfyUI's UNet: listing its layers and listening to them."""
+"""Attention of ComfyUI's UNet: listing its layers and listening to them."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,21 +11,24 @@ from ...em_core.masks.resizing import Size
 from ...em_core.model.layers import AttentionLayer, halved
 from ...em_core.model.recording import AttentionRecorder, listening
 
+CROSS, SELF = "attn2", "attn1"
 
-def cross_attention_modules(unet: nn.Module) -> dict[str, CrossAttention]:
-    """Map module paths to the cross-attention modules (attn2), in network order."""
+
+def attention_modules(unet: nn.Module, kind: str) -> dict[str, CrossAttention]:
+    """Map module paths to the attention modules of a kind, in network order."""
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, CrossAttention) and name.endswith("attn2")
+        if isinstance(module, CrossAttention) and name.endswith(kind)
     }
 
 
-def attention_layers(unet: Any, latent_size: Size) -> tuple[AttentionLayer, ...]:
-    """Return the cross-attention layers for latents of a size. The innermost block does not localise."""
+def attention_layers(unet: Any, latent_size: Size, kind: str = CROSS) -> tuple[AttentionLayer, ...]:
+    """Return the attention layers of a kind for latents of a size. The innermost block does not
+    localise."""
     levels = block_levels(unet)
     layers = []
-    for name in cross_attention_modules(unet):
+    for name in attention_modules(unet, kind):
         part, _, rest = name.partition(".")
         inner = part == "middle_block"
         block = part if inner else f"{part}.{rest.partition('.')[0]}"
@@ -53,5 +56,5 @@ def has(block: nn.Module, kind: type[nn.Module]) -> bool:
 def record_attention(
     unet: nn.Module, recorder: AttentionRecorder
 ) -> AbstractContextManager[AttentionRecorder]:
-    """Let `recorder` see the queries and keys of the UNet's cross-attention while the context is open."""
-    return listening(recorder, cross_attention_modules(unet))
+    """Let `recorder` see the queries and keys of the UNet's attention while the context is open."""
+    return listening(recorder, attention_modules(unet, CROSS) | attention_modules(unet, SELF))

@@ -26,7 +26,7 @@ from ...em_core.model.vectors import random_vectors
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from ...em_core.settings import WeightKind
 from ..exports import loadable
-from .attention import attention_layers, block_levels, record_attention
+from .attention import SELF, attention_layers, block_levels, record_attention
 from .copies import private_copies
 from .families import GraphModels, noise_schedule
 from .text import (
@@ -74,6 +74,9 @@ class ComfyHost:
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size)
+
+    def self_attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
+        return attention_layers(self.unet, latent_size, SELF)
 
     def load(self) -> None:
         """Bring MODEL and CLIP onto the device together, so that neither evicts the other."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...em_core.masks.resizing import resize
 from ...em_core.model.layers import size_of_map
 from ...em_core.prompts import ConceptVectors
-from .attention import cross_attention_modules
+from .attention import CROSS, attention_modules
 from .text import find_columns
 
 NOTE = "concept_columns"
@@ -67,7 +67,7 @@ def laid_out_model(model: Any, masks: Mapping[str, Float[Tensor, "H W"]]) -> Any
     twin.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, NOTE, pass_note_on)
     options = twin.model_options["transformer_options"]
     replaced = dict(options.get("patches_replace", {}).get("attn2", {}))
-    for name in cross_attention_modules(twin.model.diffusion_model):
+    for name in attention_modules(twin.model.diffusion_model, CROSS):
         part, _, rest = name.partition(".")
         number = 0 if part == "middle_block" else int(rest.partition(".")[0])
         replaced.setdefault((PARTS[part], number), None)

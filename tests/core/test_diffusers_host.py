@@ -14,9 +14,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from em_core.demo import model_path
 from em_core.errors import UserError
 from em_core.hosts.diffusers import (
+    CROSS,
     DiffusersHost,
     attention_layers,
-    cross_attention_modules,
+    attention_modules,
     require_plain_model,
 )
 from em_core.method.problem import prepare
@@ -112,7 +113,7 @@ def test_recorded_maps_equal_an_explicit_processor(
     recorder = recorder_of(host, columns, size)
     with host.record_attention(recorder):
         noise = host.predict(Z, t, conditioning)
-    modules = cross_attention_modules(host.unet)
+    modules = attention_modules(host.unet, CROSS)
     explicit = {name: Explicit() for name in modules}
     before = {name: module.processor for name, module in modules.items()}
     for name, module in modules.items():
@@ -215,7 +216,7 @@ def test_layers_of_the_real_topology() -> None:
     assert found == expected + [("up", 4)] * 3 + [("up", 2)] * 3 + [("up", 1)] * 3
     assert all(layer.size[0] == layer.size[1] for layer in layers)
     assert [layer.localises for layer in layers] == [stage != "mid" for stage, _ in found]
-    assert {layer.name for layer in layers} == cross_attention_modules(unet).keys()
+    assert {layer.name for layer in layers} == attention_modules(unet, CROSS).keys()
 
 
 def test_lora_equals_merged_weights(host: DiffusersHost) -> None:

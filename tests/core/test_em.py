@@ -11,7 +11,6 @@ from em_core.errors import UserError
 from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.guards import Guards
-from em_core.masks.measures import contrast
 from em_core.masks.settings import MaskSettings
 from em_core.masks.thresholds import min_max
 from em_core.method.e_step import (
@@ -23,10 +22,10 @@ from em_core.method.e_step import (
 from em_core.method.joint import learn_joint, prior_term
 from em_core.method.loop import Step, StepEvent, learn
 from em_core.method.m_step import draw, draw_subset, forward_backward, m_step
-from em_core.method.maps import attention_masks, average_maps
+from em_core.method.maps import Reading, read_attention
 from em_core.method.optimizer import learnable
 from em_core.method.problem import Problem, prepare
-from em_core.method.start import choose_random_starts, initialise, start_vectors
+from em_core.method.start import initialise, masks_of_vectors, start_vectors
 from em_core.method.state import PictureState, RunState, generator_at
 from em_core.model.layers import finest_size, mask_layers
 from em_core.model.schedules import VariancePreserving
@@ -98,10 +97,10 @@ def test_without_masks_on_the_loss_every_sample_has_all_concepts(
     names = example.prompt.names
     for change in ({"mode": "none"}, {"masked_loss": False}):
         problem = prepare(host, [example], replace(short, batch=8, **change))
-        drawn = draw(problem, seeded())
+        drawn = draw(problem, initialise(problem), seeded())
         assert drawn.subsets == (names,) * 8 and bool(drawn.present.all())
     problem = prepare(host, [example], replace(short, batch=8))
-    assert len(set(draw(problem, seeded()).subsets)) > 1
+    assert len(set(draw(problem, initialise(problem), seeded()).subsets)) > 1
 
 
 def test_a_pixel_has_one_owner_also_where_a_mask_is_refused() -> None:
@@ -150,8 +149,8 @@ def test_several_pictures_share_a_concept(
     _, concepts = finish(problem)
     assert [set(of) for of in concepts.masks] == [{"rex", "doll"}, {"doll"}]
     assert set(concepts.vectors) == {"rex", "doll"}
-    g = seeded()
-    drawn = [draw(problem, g) for _ in range(20)]
+    g, state = seeded(), initialise(problem)
+    drawn = [draw(problem, state, g) for _ in range(20)]
     assert {(d.index, len(d.present[0])) for d in drawn} == {(0, 2), (1, 1)}
 
 
@@ -194,7 +193,7 @@ def test_free_statistics_are_the_maps_of_the_m_step(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 7])
-def test_average_maps_does_not_depend_on_the_batch(
+def test_reading_does_not_depend_on_the_batch(
     host: DiffusersHost, example: Example, short: EMSettings, batch: int
 ) -> None:
     """Seven passes, together or by parts: the same times, the same noise, the same mean."""
@@ -202,12 +201,16 @@ def test_average_maps_does_not_depend_on_the_batch(
     prepared = problem.pictures[0]
     assert finest_size(prepared.layers) == (16, 16)
     vectors = start_vectors(problem, seeded(3))
-    conditioning = host.encode_prompts([example.prompt], vectors)
-    found = [
-        average_maps(host, prepared, conditioning, short.masks, 7, seeded(0), batch=size)
+    by_parts, at_once = (
+        read_attention(host, prepared, vectors, short.masks, 7, seeded(0), True, batch=size)
         for size in (batch, 100)
-    ]
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    )
+    for of_parts, of_all in zip(
+        (*by_parts.halves, by_parts.affinity), (*at_once.halves, at_once.affinity), strict=True
+    ):
+        torch.testing.assert_close(of_parts, of_all, atol=1e-5, rtol=1e-5)
+    weighted = (4 * by_parts.halves[0] + 3 * by_parts.halves[1]) / 7
+    torch.testing.assert_close(by_parts.maps, weighted)
 
 
 def test_literal_loop_estimates_after_every_step(
@@ -239,9 +242,9 @@ def test_flipped_samples_see_the_mirrored_picture(
     host: DiffusersHost, example: Example, short: EMSettings
 ) -> None:
     problem = prepare(host, [example], replace(short, flip=True))
-    g, prepared = seeded(), problem.pictures[0]
+    g, prepared, state = seeded(), problem.pictures[0], initialise(problem)
     mirrored = host.encode_image(example.picture.flip(-1)[None] * 2 - 1)
-    seen = {drawn.flipped: drawn.Z0[:1] for drawn in (draw(problem, g) for _ in range(20))}
+    seen = {drawn.flipped: drawn.Z0[:1] for drawn in (draw(problem, state, g) for _ in range(20))}
     assert torch.equal(seen[True], mirrored) and torch.equal(seen[False], prepared.Z0)
 
 
@@ -276,11 +279,11 @@ def test_masks_of_given_vectors(host: DiffusersHost, example: Example, short: EM
     vectors = start_vectors(problem, seeded())
     before, weights = learnable(vectors), {n: p.clone() for n, p in host.weights("full").items()}
     read = [
-        attention_masks(host, problem.pictures[0], vectors, short.masks, 10, seeded(seed))
+        masks_of_vectors(host, problem.pictures[0], vectors, short.masks, (), seeded(seed))
         for seed in (1, 1, 2)
     ]
     assert not differences(read[0], read[1])
-    assert not torch.equal(read[0][0], read[2][0])
+    assert not torch.equal(read[0].maps, read[2].maps)
     assert not differences(vectors, before) and not differences(host.weights("full"), weights)
 
 
@@ -288,82 +291,16 @@ def without_words(example: Example) -> Example:
     return replace(example, prompt=ConceptPrompt.parse("a photo of <rex> and <doll> on grass"))
 
 
-def test_random_starts_are_the_draw_whose_weakest_mask_has_most_contrast(
+def test_concepts_without_words_start_from_the_generic_word(
     host: DiffusersHost, example: Example, short: EMSettings
 ) -> None:
-    """Against a search written out: every draw's masks under the same noise."""
-    problem = prepare(host, [without_words(example)], replace(short, random_starts=4))
-    g = seeded(1)
-    chosen = choose_random_starts(problem, start_vectors(problem, g), g)
-    g = seeded(1)
-    single = start_vectors(problem, g)
-    noise = g.get_state()
-    draws = [{n: of["clip_l"] for n, of in single.items()}]
-    for _ in range(3):
-        draws.append({n: host.initial_vectors("", 1, g)["clip_l"] for n in single})
-    weakest = []
-    for tried in draws:
-        vectors = {n: {"clip_l": v} for n, v in tried.items()}
-        _, estimate = attention_masks(
-            host, problem.pictures[0], vectors, short.masks, 8, generator_at(noise)
-        )
-        weakest.append(float(estimate.contrast.min()))
-    best = draws[weakest.index(max(weakest))]
-    assert best is not draws[0], (
-        "this seed shows nothing; take one whose first draw is not the best"
-    )
-    assert all(torch.equal(chosen[n]["clip_l"], v) for n, v in best.items())
-
-
-def test_words_leave_nothing_to_draw(
-    host: DiffusersHost, example: Example, short: EMSettings
-) -> None:
-    """With words, and in the modes without first masks, the number of draws changes nothing."""
-    for ex, mode in ((example, "em"), (without_words(example), "none")):
-        one, many = (
-            initialise(prepare(host, [ex], replace(short, mode=mode, random_starts=n)))
-            for n in (1, 16)
-        )
-        assert not differences(one, many)
-
-
-def test_a_concept_with_words_keeps_its_words_start(
-    host: DiffusersHost, example: Example, short: EMSettings
-) -> None:
-    mixed = replace(
-        example, prompt=ConceptPrompt.parse("a photo of <rex:star> and <doll> on grass")
-    )
-    problem = prepare(host, [mixed], replace(short, random_starts=4, seed=1))
-    first, chosen = start_vectors(problem, seeded(1)), initialise(problem).vectors
-    assert torch.equal(chosen["rex"]["clip_l"], first["rex"]["clip_l"])
-    assert not torch.equal(chosen["doll"]["clip_l"], first["doll"]["clip_l"])
-
-
-def test_random_starts_are_judged_by_few_pictures(
-    host: DiffusersHost, example: Example, short: EMSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of five pictures: the first two of <rex>, and the one of <doll>; those without either never."""
-    prompts = [
-        "star on grass",
-        "<rex> on grass",
-        "<rex> on sand",
-        "<rex> on wood",
-        "<doll> on grass",
-    ]
-    examples = [
-        Example(example.picture, ConceptPrompt.parse(text.replace("star", "<x:star>")))
-        for text in prompts
-    ]
-    problem = prepare(host, examples, replace(short, random_starts=2))
-    seen = []
-
-    def note(host, prepared, vectors, settings, passes, g):
-        seen.append(str(prepared.example.prompt))
-        return attention_masks(host, prepared, vectors, settings, passes, g)
-
-    monkeypatch.setattr("em_core.method.start.attention_masks", note)
-    choose_random_starts(problem, start_vectors(problem, seeded()), seeded())
-    assert seen == [prompts[i] for i in (1, 2, 4)] * 2
+    """And from random vectors where the settings give no such word, as the paper does."""
+    problem = prepare(host, [without_words(example)], short)
+    start, thing = start_vectors(problem, seeded()), host.initial_vectors("thing", 1, seeded())
+    assert not differences(start["rex"], thing) and not differences(start["doll"], thing)
+    problem = prepare(host, [without_words(example)], replace(short, generic_word=""))
+    start = start_vectors(problem, seeded())
+    assert differences(start["rex"], start["doll"])
 
 
 SIDE = 64
@@ -373,84 +310,68 @@ SPECK = torch.zeros_like(LEFT)
 SPECK[0, -1] = True
 
 
-def clear(mask: torch.Tensor) -> torch.Tensor:
-    """A map of 1 in the mask and 0 elsewhere: its contrast is 1."""
-    return mask.float()
-
-
-def faint(mask: torch.Tensor) -> torch.Tensor:
-    """A map of 1 in the mask and 0.4 elsewhere but for one pixel of 0: its contrast is about 0.6."""
-    values = torch.where(mask, 1.0, 0.4)
-    values.view(-1)[int(values.view(-1).argmin())] = 0.0
-    return values
-
-
-FAINT = float(contrast(faint(LEFT)[None], LEFT[None]))
-
-
-def picture_state(labels: list[torch.Tensor], contrast: list[float]) -> PictureState:
+def picture_state(*labels: torch.Tensor, found: tuple[bool, ...] = (True, True)) -> PictureState:
     """Something is pending, and the masks are softer than the labels."""
     stacked = torch.stack(labels)
     ones = torch.ones(len(labels), SIDE, SIDE)
     return PictureState(
-        ones, ones, torch.ones(len(labels)), 0.75 * stacked, stacked, torch.tensor(contrast)
+        ones, ones, torch.ones(len(labels)), 0.75 * stacked, stacked, torch.tensor(found)
     )
 
 
 @pytest.fixture
 def new_masks(host: DiffusersHost, example: Example, short: EMSettings, monkeypatch):
-    """The E-step of one picture from given maps."""
+    """The E-step of one picture from given maps, judged by others."""
 
-    def estimate(maps: list[torch.Tensor], before: PictureState, **change) -> PictureState:
-        options = {"threshold": 0.5, "crf": None, "acceptance": 1.0} | change
+    def estimate(
+        maps: list[torch.Tensor], judge: list[torch.Tensor], before: PictureState, **change
+    ) -> PictureState:
+        options = {"threshold": 0.5, "crf": None, "acceptance": 1.0, "regions": None} | change
         problem = prepare(host, [example], replace(short, masks=MaskSettings(**options)))
-        monkeypatch.setattr("em_core.method.e_step.latest_maps", lambda *_: torch.stack(maps))
+        both = torch.stack(maps).float(), torch.stack(judge).float()
+        monkeypatch.setattr("em_core.method.e_step.latest_maps", lambda *_: both)
         state, prepared = RunState({}, seeded().get_state(), (before,)), problem.pictures[0]
         return e_step_picture(problem, state, prepared, before, seeded())
 
     return estimate
 
 
-def test_a_new_mask_is_taken_where_its_contrast_reaches_the_present_ones(new_masks) -> None:
-    """Both take the new mask: from less contrast, and from exactly as much."""
-    before = picture_state([TOP & LEFT, TOP & RIGHT], [0.1, FAINT])
-    after = new_masks([faint(LEFT), faint(RIGHT)], before)
+def test_a_new_mask_is_taken_where_fresh_maps_agree_with_it_as_well(new_masks) -> None:
+    """More than with the present one, and exactly as much; the new maps are kept."""
+    before = picture_state(TOP & LEFT, RIGHT)
+    after = new_masks([LEFT, RIGHT], [LEFT, RIGHT], before)
     expected = torch.stack([LEFT, RIGHT])
     assert torch.equal(after.labels, expected) and torch.equal(after.masks, expected.float())
-    assert after.contrast.tolist() == pytest.approx([FAINT, FAINT])
-    assert torch.equal(after.maps, torch.stack([faint(LEFT), faint(RIGHT)]))
+    assert torch.equal(after.maps, expected.float())
     assert not after.pending.any() and not after.pending_count.any()
 
 
-def test_a_new_mask_of_less_contrast_is_refused(new_masks) -> None:
-    """Its maps are kept all the same, and so is what is asked of the next one."""
-    before = picture_state([TOP & LEFT, TOP & RIGHT], [FAINT + 0.01, 0.9])
-    maps = [faint(LEFT), faint(RIGHT)]
-    after = new_masks(maps, before)
-    kept = replace(before, maps=torch.stack(maps), pending=0 * before.pending)
-    assert not differences(after, replace(kept, pending_count=torch.zeros(2)))
+def test_a_new_mask_that_fresh_maps_agree_with_less_is_refused(new_masks) -> None:
+    """However well its own maps agree with it. The maps are kept all the same."""
+    before = picture_state(TOP & LEFT, RIGHT)
+    after = new_masks([LEFT, RIGHT], [TOP & LEFT, RIGHT], before)
+    assert torch.equal(after.labels, before.labels)
+    assert torch.equal(after.maps[0], LEFT.float())
 
 
-@pytest.mark.parametrize(("acceptance", "taken"), [(0.0, True), (0.6, True), (0.7, False)])
-def test_acceptance_is_the_share_of_the_present_contrast(
+@pytest.mark.parametrize(("acceptance", "taken"), [(0.0, True), (0.55, True), (0.6, False)])
+def test_acceptance_is_the_share_of_the_present_agreement(
     new_masks, acceptance: float, taken: bool
 ) -> None:
-    """About 0.6 against a present contrast of 0.95."""
-    before = picture_state([TOP, SPECK], [0.95, 2.0])
-    after = new_masks([faint(LEFT), clear(RIGHT)], before, acceptance=acceptance)
-    assert torch.equal(after.labels[0], LEFT) == taken
-    assert float(after.contrast[0]) == pytest.approx(FAINT if taken else 0.95)
+    """The correlation of a half with a quarter of it is 1 / sqrt(3) = 0.577."""
+    before = picture_state(TOP & LEFT, RIGHT)
+    after = new_masks([LEFT, RIGHT], [TOP & LEFT, RIGHT], before, acceptance=acceptance)
+    assert torch.equal(after.labels[0], LEFT if taken else TOP & LEFT)
 
 
 def test_a_new_mask_that_the_guards_refuse_is_not_taken(new_masks) -> None:
-    """A speck of full contrast stays out, beside a mask that is taken; without the guard it comes in."""
-    before = picture_state([TOP & LEFT, TOP & RIGHT], [0.1, 0.1])
-    maps = [clear(LEFT), clear(SPECK)]
-    after = new_masks(maps, before)
+    """A speck stays out, beside a mask that is taken; without the guard it comes in."""
+    before = picture_state(TOP & LEFT, TOP & RIGHT)
+    maps = [LEFT, SPECK]
+    after = new_masks(maps, maps, before)
     assert torch.equal(after.labels, torch.stack([LEFT, TOP & RIGHT]))
     assert torch.equal(after.masks, torch.stack([LEFT.float(), 0.75 * (TOP & RIGHT)]))
-    assert after.contrast.tolist() == pytest.approx([1.0, 0.1])
-    after = new_masks(maps, before, guards=Guards(min_area=0.0))
+    after = new_masks(maps, maps, before, guards=Guards(min_area=0.0))
     assert torch.equal(after.labels, torch.stack([LEFT, SPECK]))
 
 
@@ -459,35 +380,55 @@ def test_a_refused_concept_loses_the_pixels_that_another_takes(
     new_masks, competition: bool
 ) -> None:
     """The second keeps its old mask, but for what the first has taken; without competition, all."""
-    before = picture_state([RIGHT, TOP], [0.1, 0.9])
-    after = new_masks([clear(LEFT), faint(RIGHT)], before, competition=competition)
+    before = picture_state(RIGHT, TOP)
+    after = new_masks([LEFT, RIGHT], [LEFT, TOP], before, competition=competition)
     kept = TOP & ~LEFT if competition else TOP
     assert torch.equal(after.labels, torch.stack([LEFT, kept]))
     assert torch.equal(after.masks, torch.stack([LEFT.float(), 0.75 * kept]))
-    assert after.contrast.tolist() == pytest.approx([1.0, 0.9])
+    assert after.found.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("refresh", [0, 3])
+def test_a_mask_of_which_nothing_is_left_counts_as_not_found(new_masks) -> None:
+    before = picture_state(RIGHT, TOP & LEFT)
+    after = new_masks([LEFT, SPECK], [LEFT, TOP & LEFT], before)
+    assert not after.labels[1].any() and after.found.tolist() == [True, False]
+
+
+def test_a_concept_that_was_not_found_takes_the_first_mask_that_is_believed(new_masks) -> None:
+    """Its old labels are not a mask that a new one has to agree better than."""
+    before = picture_state(LEFT, SPECK, found=(True, False))
+    after = new_masks([LEFT, RIGHT], [LEFT, SPECK], before)
+    assert torch.equal(after.labels[1], RIGHT) and after.found.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(("refresh", "acceptance"), [(0, 1.0), (3, 1.0), (3, 0.0), (1, 1.0)])
 def test_latest_maps_are_the_mean_of_all_passes_since(
-    host: DiffusersHost, example: Example, short: EMSettings, monkeypatch, refresh: int
+    host: DiffusersHost, example: Example, short: EMSettings, monkeypatch, refresh, acceptance
 ) -> None:
-    """Five free maps of <rex> and none of <doll>, and the refresh's; without any, the old maps stay."""
-    problem = prepare(host, [example], replace(short, refresh=refresh))
+    """Five free maps of <rex> and none of <doll>, and the refresh's; without any, the old maps stay.
+
+    The judge is the half of the refresh that is held back; all is used where nothing is judged.
+    """
+    masks = replace(short.masks, acceptance=acceptance)
+    problem = prepare(host, [example], replace(short, refresh=refresh, masks=masks))
     state, seen = initialise(problem), []
-    free, fresh = torch.rand(2, 16, 16, generator=seeded()), torch.rand(2, 16, 16)
+    free, one, other = torch.rand(3, 2, 16, 16, generator=seeded())
     free[1] = 0
+    reading = Reading((2 * one + other) / 3, (one, other), None)
 
-    def average(host, prepared, conditioning, settings, passes, generator) -> torch.Tensor:
+    def read(host, prepared, vectors, settings, passes, generator) -> Reading:
         seen.append(passes)
-        return fresh
+        return reading
 
-    monkeypatch.setattr("em_core.method.e_step.average_maps", average)
+    monkeypatch.setattr("em_core.method.e_step.read_attention", read)
     picture = replace(state.pictures[0], pending=free, pending_count=torch.tensor([5.0, 0.0]))
-    found = latest_maps(problem, state, problem.pictures[0], picture, seeded())
-    rex = min_max((free[0] + refresh * fresh[0]) / (5 + refresh))
-    doll = min_max(fresh[1]) if refresh else picture.maps[1]
+    found, judge = latest_maps(problem, state, problem.pictures[0], picture, seeded())
+    used, count = (one, 2) if refresh == 3 and acceptance else (reading.maps, refresh)
+    rex = min_max((free[0] + count * used[0]) / (5 + count))
+    doll = min_max(used[1]) if refresh else picture.maps[1]
     torch.testing.assert_close(found, torch.stack([rex, doll]))
-    assert seen == ([3] if refresh else [])
+    assert torch.equal(judge, other if refresh == 3 and acceptance else found)
+    assert seen == ([refresh] if refresh else [])
 
 
 class Doubled(VariancePreserving):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from em_core.masks.guards import Guards
-from em_core.masks.measures import contrast, iou, union
+from em_core.masks.measures import agreement, iou, union
 from em_core.masks.resizing import cut, resize
 from em_core.masks.thresholds import binarise, compete, min_max, otsu, threshold_maps
 
@@ -118,13 +118,15 @@ def test_pictures_keep_their_range_and_mean() -> None:
     assert resize(picture, (32, 48), "picture") is picture
 
 
-def test_contrast_by_definition() -> None:
-    maps, masks = random_maps(3, 5, 6), random_maps(3, 5, 6, seed=4) > 0.5
-    expected = [float(a[m].mean() - a[~m].mean()) for a, m in zip(maps, masks, strict=True)]
-    assert contrast(maps, masks).tolist() == pytest.approx(expected, abs=1e-5)
-    assert contrast(maps, torch.ones_like(masks)).tolist() == [0, 0, 0]
-    perfect = contrast(masks.float(), masks)
-    torch.testing.assert_close(perfect, torch.ones(3))
+def test_agreement_is_the_correlation() -> None:
+    maps = torch.rand(3, 8, 9, generator=torch.Generator().manual_seed(0))
+    masks = maps > torch.tensor([0.2, 0.5, 0.7])[:, None, None]
+    expected = [
+        np.corrcoef(a.flatten(), m.flatten())[0, 1] for a, m in zip(maps, masks, strict=True)
+    ]
+    assert agreement(maps, masks).tolist() == pytest.approx(expected, abs=1e-6)
+    assert agreement(maps, torch.ones_like(masks)).tolist() == [0, 0, 0]
+    assert agreement(torch.ones(3, 8, 9), masks).tolist() == [0, 0, 0]
 
 
 def test_union_is_the_maximum() -> None:

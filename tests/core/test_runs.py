@@ -32,9 +32,8 @@ from em_core.masks.crf import DEMO, MaskRefiner, labels
 from em_core.masks.resizing import cut, resize
 from em_core.method import e_step
 from em_core.method.loop import StepEvent, learn
-from em_core.method.maps import attention_masks
 from em_core.method.problem import prepare, prepare_picture
-from em_core.method.start import initialise, known_vectors
+from em_core.method.start import FirstMasks, initialise, known_vectors, masks_of_vectors
 from em_core.method.state import RunState
 from em_core.model.adapters import init_lora
 from em_core.prompts import ConceptPrompt
@@ -307,7 +306,7 @@ def without(name: str) -> Callable[[dict, dict], None]:
         (lambda tensors, plain: plain["state"].pop("vectors"), "does not hold the whole state"),
         (lambda tensors, plain: plain["state"].update(new=1), "does not hold the whole state"),
         (
-            lambda tensors, plain: plain["state"]["pictures"][0].pop("contrast"),
+            lambda tensors, plain: plain["state"]["pictures"][0].pop("found"),
             "does not hold the whole state",
         ),
         (lambda tensors, plain: plain.pop("state"), "does not hold the whole state"),
@@ -482,15 +481,15 @@ def test_found_masks_are_read_off_the_attention(
         vectors["doll"]["clip_l"], host.initial_vectors("circle", None, torch.Generator())["clip_l"]
     )
 
-    def by_hand() -> tuple:
+    def by_hand() -> FirstMasks:
         g = torch.Generator().manual_seed(5)
-        return attention_masks(host, prepared, vectors, settings, 6, g)
+        return masks_of_vectors(host, prepared, vectors, settings, (), g)
 
     with host.applied(concepts.weights, concepts.lora_scale):
-        maps, estimate = by_hand()
-    assert found.names == ("rex", "doll") and torch.equal(found.maps, maps)
-    assert torch.equal(found.masks, cut(resize(estimate.masks.float(), (40, 64), "mask")))
-    assert not torch.equal(by_hand()[0], maps), "the LoRA does not act"
+        expected = by_hand()
+    assert found.names == ("rex", "doll") and torch.equal(found.maps, expected.maps)
+    assert torch.equal(found.masks, cut(resize(expected.estimate.masks.float(), (40, 64), "mask")))
+    assert not torch.equal(by_hand().maps, expected.maps), "the LoRA does not act"
 
 
 def test_masks_of_what_nobody_knows(host: DiffusersHost, example: Example) -> None:

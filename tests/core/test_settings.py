@@ -68,7 +68,6 @@ def test_joint_settings_survive_json() -> None:
     [
         ({"steps": 0}, "Bad steps. Expected at least 1, got 0"),
         ({"vectors": 0}, "Bad vectors"),
-        ({"random_starts": 0}, "Bad random_starts. Expected at least 1, got 0"),
         ({"e_step_every": 0}, "Bad e_step_every"),
         ({"learning_rate": float("inf")}, "Bad learning rate"),
         ({"attention_weight": -0.1}, "Bad attention_weight"),

@@ -49,6 +49,9 @@ class ToyHost:
     def attention_layers(self, latent_size: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         return (AttentionLayer(LAYER, latent_size, stream="words"),)
 
+    def self_attention_layers(self, latent_size: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        return ()
+
     def encode_image(self, image: Tensor) -> Tensor:
         small = F.avg_pool2d(image / 2 + 0.5, FACTOR)
         return torch.einsum("lc,bchw->blhw", self.basis, small)

@@ -1,0 +1,189 @@
+"""Regions of a picture, from its self-attention, and which concept each of them belongs to.
+
+Cross-attention tells where a word fits, but not where one thing ends and its neighbour begins: a
+word that stands alone heats every object a little, and two concepts of one word have one map.
+Self-attention tells things apart without any word, since pixels of one thing attend alike
+(ConceptExpress, arXiv 2407.07077, and DiffSeg, arXiv 2308.12469, cut pictures up in this way; the
+rules here are our own).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .resizing import Size, resize
+
+FAINT = 0.15
+"""Share of a map's maximum below which a region does not look like the concept at all."""
+LEAST_CELLS = 2
+"""Cells of the smallest region that a concept may be anchored in."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A picture cut up into connected regions.
+
+    Attributes:
+        labels: the region that each cell belongs to, numbered from 0.
+        alike: concepts that nothing in the prompt tells apart, as indices in the prompt's order;
+            they are given their regions from left to right.
+    """
+
+    labels: Int[Tensor, "h w"]
+    alike: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def members(self) -> Float[Tensor, "r h w"]:
+        """1 where a cell belongs to a region, 0 elsewhere."""
+        count = int(self.labels.max()) + 1
+        return (
+            self.labels == torch.arange(count, device=self.labels.device)[:, None, None]
+        ).float()
+
+
+def divergence(P: Float[Tensor, "n n"], rows: int = 64) -> Float[Tensor, "n n"]:
+    """Jensen-Shannon divergence of each two rows of `P`, in nats: 0 to log 2.
+
+    Args:
+        P: self-attention probabilities; each row sums to 1.
+        rows: computed at a time, which bounds the memory.
+    """
+
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.special.xlogy(p, p).sum(dim=-1)
+
+    own = entropy(P)
+    parts = [
+        entropy((some[:, None] + P[None]) / 2) - (entropy(some)[:, None] + own[None]) / 2
+        for some in P.split(rows)
+    ]
+    return torch.cat(parts).clamp(min=0)
+
+
+def find_regions(P: Float[Tensor, "n n"], size: Size, limit: float) -> Int[Tensor, "h w"]:
+    """Merge neighbouring cells as long as their self-attention is alike.
+
+    Clusters that touch are merged in the order of the mean divergence between their cells (average
+    linkage), until no two that touch are nearer than `limit`.
+
+    Args:
+        P: mean self-attention of the n = h * w cells.
+        size: (h, w).
+        limit: largest mean divergence of what is still one region, in nats.
+
+    Returns:
+        The region of each cell, numbered in the order of their first cells.
+    """
+    count = size[0] * size[1]
+    total = divergence(P.float()).double()
+    touching = neighbours(size).to(P.device)
+    cells = torch.ones(count, dtype=torch.float64, device=P.device)
+    label = torch.arange(count, device=P.device)
+    infinite = torch.tensor(torch.inf, dtype=torch.float64, device=P.device)
+    cost = torch.where(touching, total, infinite)
+    while count > 1:
+        first, second = divmod(int(cost.argmin()), len(cost))
+        if cost[first, second] > limit:
+            break
+        for table in (total, cells[None], touching):
+            table[:, first] += table[:, second]
+        total[first], touching[first] = total[:, first], touching[:, first]
+        touching[first, first] = False
+        touching[:, second], touching[second] = False, False
+        label[label == label[second]] = label[first]
+        mean = torch.where(touching[first], total[first] / (cells * cells[first]), infinite)
+        cost[first], cost[:, first] = mean, mean
+        cost[second], cost[:, second] = infinite, infinite
+        count -= 1
+    return torch.unique(label, return_inverse=True)[1].reshape(size)
+
+
+def neighbours(size: Size) -> Bool[Tensor, "n n"]:
+    """Which of a grid's cells share an edge."""
+    height, width = size
+    index = torch.arange(height * width).reshape(size)
+    touching = torch.zeros(height * width, height * width, dtype=torch.bool)
+    for one, other in ((index[:, 1:], index[:, :-1]), (index[1:], index[:-1])):
+        touching[one.flatten(), other.flatten()] = True
+        touching[other.flatten(), one.flatten()] = True
+    return touching
+
+
+def evidence(
+    maps: Float[Tensor, "k _h _w"], members: Float[Tensor, "r h w"]
+) -> Float[Tensor, "k r"]:
+    """Mean of each map over each region."""
+    small = resize(maps, (members.shape[-2], members.shape[-1]), "map").flatten(1)
+    cells = members.flatten(1)
+    return small @ cells.T / cells.sum(dim=1)
+
+
+def anchors(
+    found: Float[Tensor, "k r"], members: Float[Tensor, "r h w"], alike: Sequence[Sequence[int]]
+) -> Int[Tensor, " k"] | None:
+    """One region of its own for each concept, such that the product of their evidence is largest.
+
+    Concepts that are alike have theirs from left to right (by the centroid; ties from the top).
+    None where there are fewer regions than concepts.
+    """
+    cells = members.sum(dim=(1, 2))
+    score = found.clamp(min=1e-4).log().where(cells >= LEAST_CELLS, torch.tensor(-20.0))
+    if score.shape[0] > score.shape[1]:
+        return None
+    chosen = torch.tensor(best_assignment(score))
+    x, y = centroids(members)
+    for group in alike:
+        if len(group) > 1:
+            mine = chosen[list(group)].tolist()
+            chosen[list(group)] = torch.tensor(sorted(mine, key=lambda r: (x[r], y[r])))
+    return chosen.to(found.device)
+
+
+def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:
+    """A column of its own for each row, such that the sum of the scores is largest; n <= m."""
+    from scipy.optimize import linear_sum_assignment  # slow to load
+
+    return linear_sum_assignment(score.cpu().double().numpy(), maximize=True)[1].tolist()
+
+
+def centroids(members: Float[Tensor, "r h w"]) -> tuple[list[float], list[float]]:
+    """Mean column and mean row of each region."""
+    weight = members / members.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    rows = torch.arange(members.shape[1], device=members.device)
+    columns = torch.arange(members.shape[2], device=members.device)
+    x, y = (weight.sum(dim=1) * columns).sum(dim=1), (weight.sum(dim=2) * rows).sum(dim=1)
+    return x.tolist(), y.tolist()
+
+
+def belonging(
+    maps: Float[Tensor, "k _h _w"], regions: Regions, share: float
+) -> Float[Tensor, "k h w"]:
+    """How far each cell may belong to each concept: 1, or 0 in regions that are something else.
+
+    A region is given to the concept that it resembles most, measured against the concept's own
+    anchor, if it has at least `share` of the anchor's evidence. A concept keeps out of regions that
+    were given to others, and of regions that look a little like it and were given to nobody: things
+    that the prompt does not name.
+
+    Args:
+        maps: attention maps in 0..1, of any size.
+        regions: the picture's regions.
+        share: 0..1.
+    """
+    members = regions.members
+    found = evidence(maps, members)
+    chosen = anchors(found, members, regions.alike)
+    if chosen is None:
+        return torch.ones(len(maps), *members.shape[1:], device=maps.device)
+    concepts = torch.arange(len(maps), device=maps.device)
+    resemblance = found / found[concepts, chosen][:, None].clamp(min=1e-6)
+    resemblance[:, chosen] = 0
+    resemblance[concepts, chosen] = torch.inf
+    best, owner = resemblance.max(dim=0)
+    nobody = best < share
+    other = (owner[None] != concepts[:, None]) | nobody[None]
+    barred = other & (~nobody[None] | (found > FAINT))
+    return 1 - torch.einsum("k r, r h w -> k h w", barred.float(), members)
