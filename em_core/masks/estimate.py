@@ -13,7 +13,7 @@ from .resizing import resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
 
-Refine = Callable[[Float[Tensor, "k H W"]], Float[Tensor, "k H W"]]
+Refine = Callable[[Float[Tensor, "k H W"], Float[Tensor, "k H W"]], Float[Tensor, "k H W"]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def masks_from_maps(
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
         return Estimate(thresholded, thresholded.float(), thresholded)
-    probability = refine(thresholded.float())
+    probability = refine(thresholded.float(), scaled)
     masks = labels(probability, settings.crf is None or settings.crf.joint)
     return Estimate(thresholded, probability, masks)
 

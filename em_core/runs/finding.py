@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..examples import Example
-from ..masks.crf import CUTLER, CRFSettings, MaskRefiner, labels
+from ..masks.crf import LOCAL_COLOUR, CRFSettings, MaskRefiner, labels
 from ..masks.resizing import cut, resize
 from ..masks.settings import MaskSettings
 from ..method.problem import prepare_picture
@@ -73,7 +73,7 @@ def find_masks(
 
 
 def refine_masks(
-    picture: Picture, masks: Shaped[Tensor, "k _h _w"], settings: CRFSettings = CUTLER
+    picture: Picture, masks: Shaped[Tensor, "k _h _w"], settings: CRFSettings = LOCAL_COLOUR
 ) -> Bool[Tensor, "k H W"]:
     """Refine masks to follow the picture's edges (DenseCRF, Kraehenbuehl and Koltun 2011).
 

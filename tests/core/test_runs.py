@@ -13,7 +13,6 @@ from whole_runs import JOINT, finish
 
 from em_core import (
     ConceptSet,
-    CRFSettings,
     DiffusersHost,
     EMSettings,
     Example,
@@ -28,7 +27,7 @@ from em_core import (
     refine_masks,
 )
 from em_core.files import read_tensors, write_tensors
-from em_core.masks.crf import DEMO, MaskRefiner, labels
+from em_core.masks.crf import DEMO, LOCAL_COLOUR, MaskRefiner, labels
 from em_core.masks.resizing import cut, resize
 from em_core.method import e_step
 from em_core.method.loop import StepEvent, learn
@@ -512,7 +511,7 @@ def test_refined_masks_are_the_labels_of_the_crf(example: Example, joint: bool) 
     assert bool(overlap.any()) != joint
 
 
-def test_refining_is_cutlers_unless_asked_otherwise(example: Example) -> None:
+def test_refining_is_by_local_colour_unless_asked_otherwise(example: Example) -> None:
     masks = torch.stack(list(example.truth.values()))
     found = refine_masks(example.picture, masks)
-    assert torch.equal(found, refine_masks(example.picture, masks, CRFSettings()))
+    assert torch.equal(found, refine_masks(example.picture, masks, LOCAL_COLOUR))
