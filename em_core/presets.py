@@ -12,7 +12,12 @@ DEMO_FAMILY = "sd-64"
 def em_settings(family: str) -> EMSettings:
     """Return the EM loop's defaults for a family.
 
-    The demo model's token vectors are small and need larger steps.
+    SD 1.x, SD 2.x and SDXL have the defaults of :class:`EMSettings`; what their docstrings give as a
+    paper's value is that paper's. Masks are read from 16x16 cells and finer, which at 512 px are SD
+    1.x's and 2.x's 16, 32 and 64, and at 1024 px SDXL's 32 and 64, as it has no others.
+
+    The demo model's token vectors are small and need larger steps, and its objects are a tenth of a
+    picture. Its peak is the maximum, since its maps have 256 cells.
     """
     if family != DEMO_FAMILY:
         return EMSettings()
@@ -20,18 +25,28 @@ def em_settings(family: str) -> EMSettings:
         steps=120,
         learning_rate=0.02,
         batch=2,
-        attention_weight=0.2,
         generic_word="thing",
-        masks=MaskSettings(threshold=0.2, crf=DEMO, rivals=" and a thing"),
+        attention_weight=0.2,
+        masks=MaskSettings(peak=1.0, threshold=0.2, crf=DEMO, rivals=" and a thing"),
     )
 
 
 def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
-    """Return the defaults of a kind of joint phase for a family."""
+    """Return the defaults of a kind of joint phase for a family.
+
+    The demo model's text encoder has two layers and learns as fast as its UNet.
+    """
     if family != DEMO_FAMILY:
         return JointSettings(kind)
     rate = 1e-3 if kind == "lora" else 1e-4
-    return JointSettings(kind, steps=100, learning_rate=rate, token_learning_rate=2e-3)
+    return JointSettings(
+        kind,
+        steps=100,
+        learning_rate=rate,
+        text_learning_rate=rate,
+        token_learning_rate=2e-3,
+        alpha=1.0,
+    )
 
 
 def literal(settings: EMSettings) -> EMSettings:
@@ -45,6 +60,7 @@ def literal(settings: EMSettings) -> EMSettings:
         timesteps=(0.0, 1.0),
         soft=False,
         all_layers=True,
+        peak=1.0,
         threshold=0.4,
         regions=None,
         rivals="",

@@ -37,7 +37,8 @@ class EMSettings:
             them from random vectors (VCD).
         masked_loss: whether the masks weight the diffusion loss (Eq. 3); False is Eq. 1.
         normalisation: how the masked loss is normalised; "mean" is Break-a-Scene's way.
-        attention_weight: lambda of Eq. 4 (Break-a-Scene: 0.01).
+        attention_weight: lambda of Eq. 4. Break-a-Scene's 0.01 goes with "mean"; "area" makes the
+            diffusion loss of a mask of a fifth of the picture five times as large.
         end_of_text_weight: weight of ViCo's regulariser (ViCo: 5e-4; 0 is off).
         gradient_clip: largest total norm of the gradient (Break-a-Scene: 1.0).
         union_sampling: whether each sample has a random subset of the picture's concepts
@@ -62,7 +63,7 @@ class EMSettings:
     generic_word: str = "object"
     masked_loss: bool = True
     normalisation: Normalisation = "area"
-    attention_weight: float = 0.01
+    attention_weight: float = 0.05
     end_of_text_weight: float = 0.0
     gradient_clip: float = 1.0
     union_sampling: bool = True
@@ -114,9 +115,12 @@ class JointSettings:
         steps: number of steps of this phase (Break-a-Scene: 400).
         learning_rate: learning rate of the weights; None takes what suits the kind, which is 1e-4 for a
             LoRA (Mix-of-Show) and 2e-6 for whole weights (Break-a-Scene).
+        text_learning_rate: that of the text encoders' weights; None takes a tenth of `learning_rate`
+            for a LoRA (Mix-of-Show: 1e-5) and `learning_rate` itself for whole weights.
         token_learning_rate: learning rate of the token vectors; None keeps them as the EM loop left them.
-        rank, alpha: rank of the LoRA, and its alpha: the output is scaled by alpha / rank (Mix-of-Show:
-            4, 1).
+        rank, alpha: rank of the LoRA, and its alpha: the output is scaled by alpha / rank. None takes
+            the rank, so that nothing is scaled: Mix-of-Show's rank 4 and alpha 1, since its alpha is
+            the whole factor.
         prior_weight: weight of the prior preservation loss; 0 is off (Break-a-Scene: 1).
         prior_prompt: prompt of the prior pictures, which the model draws itself.
         prior_pictures: number of prior pictures (Break-a-Scene: 100).
@@ -125,9 +129,10 @@ class JointSettings:
     kind: WeightKind = "none"
     steps: int = 400
     learning_rate: float | None = None
+    text_learning_rate: float | None = None
     token_learning_rate: float | None = 5e-5
     rank: int = 4
-    alpha: float = 1.0
+    alpha: float | None = None
     prior_weight: float = 0.0
     prior_prompt: str = "a photo"
     prior_pictures: int = 8
@@ -141,10 +146,10 @@ class JointSettings:
         )
         require("joint steps", self.steps, self.steps >= 1, "at least 1")
         require("rank", self.rank, self.rank >= 1, "at least 1")
-        for name in ("learning_rate", "token_learning_rate"):
+        for name in ("learning_rate", "text_learning_rate", "token_learning_rate"):
             rate = getattr(self, name)
             require(f"{name} of the joint phase", rate, rate is None or is_rate(rate), RATE)
-        require("alpha", self.alpha, self.alpha > 0, "more than 0")
+        require("alpha", self.alpha, self.alpha is None or self.alpha > 0, "more than 0")
         require("prior_weight", self.prior_weight, self.prior_weight >= 0, "at least 0")
         require("prior_pictures", self.prior_pictures, self.prior_pictures >= 1, "at least 1")
 
@@ -152,6 +157,17 @@ class JointSettings:
     def weights_rate(self) -> float:
         """The learning rate of the weights: the given one, or what suits the kind."""
         return self.learning_rate or (1e-4 if self.kind == "lora" else 2e-6)
+
+    @property
+    def text_rate(self) -> float:
+        """The learning rate of the text encoders' weights: the given one, or what suits the kind."""
+        share = 0.1 if self.kind == "lora" else 1.0
+        return self.text_learning_rate or share * self.weights_rate
+
+    @property
+    def lora_alpha(self) -> float:
+        """The LoRA's alpha: the given one, or its rank."""
+        return float(self.rank) if self.alpha is None else self.alpha
 
 
 RATE = "a number greater than 0 and at most 1"

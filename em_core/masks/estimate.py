@@ -46,9 +46,11 @@ def masks_from_maps(
 
     With `regions`, each concept is first kept out of regions that belong to something else.
     """
-    scaled = min_max(resize(maps, size, "map"))
+    scaled = min_max(resize(maps, size, "map"), settings.peak)
     if regions is not None:
-        scaled = scaled * resize(belonging(min_max(maps), regions, settings.share), size, "mask")
+        scaled = scaled * resize(
+            belonging(min_max(maps, settings.peak), regions, settings.share), size, "mask"
+        )
         scaled = scaled / scaled.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:

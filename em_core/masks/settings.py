@@ -16,6 +16,8 @@ class MaskSettings:
         init_timesteps: number of UNet passes of the first estimate (VCD: 50).
         timesteps: range (low, high) of t, in 0..1 of the schedule, from which maps are read. VCD
             reads all; late steps see layout, not edges.
+        peak: quantile of a map that counts as its maximum; 1 hangs on a single pixel, which matters in
+            fine layers.
         threshold: tau for the normalised map, or "otsu" (ViCo). VCD: fixed, value unstated.
         competition: whether each pixel belongs to one concept only.
         all_layers: whether to average over all layers (VCD) instead of those at or above the loss's
@@ -36,6 +38,7 @@ class MaskSettings:
 
     init_timesteps: int = 50
     timesteps: tuple[float, float] = (0.05, 0.4)
+    peak: float = 0.995
     threshold: Threshold = 0.4
     competition: bool = True
     all_layers: bool = False
@@ -56,5 +59,6 @@ class MaskSettings:
         require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
         limit = self.regions
         require("divergence of regions", limit, limit is None or limit > 0, "more than 0, or None")
+        require("peak", self.peak, 0.5 <= self.peak <= 1, "0.5 to 1")
         require("share", self.share, 0 < self.share <= 1, "more than 0 and at most 1")
         require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

@@ -1,5 +1,6 @@
 """Turn attention maps into masks by normalisation, thresholds and competition."""
 
+import math
 from typing import Literal
 
 import torch
@@ -11,11 +12,19 @@ Threshold = float | Literal["otsu"]
 Masks = Float[Tensor, "k h w"]
 
 
-def min_max(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
-    """Scale each map to 0..1; a constant map becomes 0."""
+def min_max(maps: Float[Tensor, "*b h w"], peak: float = 1.0) -> Float[Tensor, "*b h w"]:
+    """Scale each map to 0..1; a constant map becomes 0.
+
+    What lies above the quantile `peak` becomes 1.
+    """
     low = maps.amin(dim=(-2, -1), keepdim=True)
-    span = maps.amax(dim=(-2, -1), keepdim=True) - low
-    return (maps - low) / span.clamp(min=1e-8)
+    high = maps.amax(dim=(-2, -1), keepdim=True)
+    if peak < 1:
+        # The order statistic, since torch.quantile refuses maps of more than 2**24 pixels.
+        flat = maps.flatten(-2)
+        rank = max(1, math.ceil(peak * flat.shape[-1]))
+        high = flat.kthvalue(rank, dim=-1).values[..., None, None]
+    return ((maps - low) / (high - low).clamp(min=1e-8)).clamp(max=1)
 
 
 def otsu(maps: Float[Tensor, "k h w"], bins: int = 64) -> Float[Tensor, " k"]:

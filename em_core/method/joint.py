@@ -1,5 +1,6 @@
 """Tokens and weights together, masks frozen (VCD, last stage; Break-a-Scene's phase 2)."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from .optimizer import (
 )
 from .problem import Problem
 from .state import RunState, generator_at
+
+UNET = re.compile(r"weights/(unet|diffusion_model)\.")  # as the two hosts name them
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def trainable_parts(
 ) -> AbstractContextManager[TrainableParts]:
     """The parts of the model that the joint phase learns, as the state has them."""
     joint = problem.joint
-    return problem.host.trainable(joint.kind, state.weights, generator, joint.rank, joint.alpha)
+    return problem.host.trainable(
+        joint.kind, state.weights, generator, joint.rank, joint.lora_alpha
+    )
 
 
 def weights_of(parts: TrainableParts) -> dict[str, Tensor]:
@@ -83,12 +88,16 @@ def weights_of(parts: TrainableParts) -> dict[str, Tensor]:
 def make_learner(
     problem: Problem, state: RunState, parts: TrainableParts, priors: Tensor | None
 ) -> Learner:
-    """AdamW with one group for the weights and, unless they are kept, one for the tokens."""
+    """AdamW with one group for the UNet's weights, one for the text encoders' and, unless they are
+    kept, one for the tokens."""
     joint, vectors = problem.joint, learnable(state.vectors)
     # By name, since a file does not keep the order of the weights.
     weights = {f"weights/{name}": parts.parameters[name] for name in sorted(parts.parameters)}
     tokens = named_vectors(vectors) if joint.token_learning_rate is not None else {}
-    groups: list[dict] = [{"params": list(weights.values()), "lr": joint.weights_rate}]
+    text = {name: p for name, p in weights.items() if not UNET.match(name)}
+    unet = [p for name, p in weights.items() if name not in text]
+    groups: list[dict] = [{"params": unet, "lr": joint.weights_rate}]
+    groups.append({"params": list(text.values()), "lr": joint.text_rate})
     if tokens:
         rate = joint.token_learning_rate
         groups.append({"params": list(tokens.values()), "lr": rate, "weight_decay": 0.0})

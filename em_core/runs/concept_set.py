@@ -243,7 +243,7 @@ def conclude(problem: Problem, state: RunState) -> ConceptSet:
         },
         identity=problem.host.identity(),
         weights={name: weight.cpu() for name, weight in learned_weights(problem, state).items()},
-        lora_scale=joint.alpha / joint.rank if joint.kind == "lora" else 1.0,
+        lora_scale=joint.lora_alpha / joint.rank if joint.kind == "lora" else 1.0,
         prompts=tuple(str(prepared.example.prompt) for prepared in problem.pictures),
         masks=tuple(
             dict(zip(prepared.names, picture.labels.cpu(), strict=True))

@@ -132,3 +132,15 @@ def test_agreement_is_the_correlation() -> None:
 def test_union_is_the_maximum() -> None:
     masks = random_maps(2, 3, 4, 4)
     assert torch.equal(union(masks)[:, 0], masks.max(dim=1).values)
+
+
+@pytest.mark.parametrize("peak", [0.5, 0.9, 0.995])
+def test_a_peak_below_one_does_not_hang_on_a_single_pixel(peak: float) -> None:
+    maps = random_maps(2, 20, 20)
+    expected = [
+        np.clip((m - m.min()) / (np.quantile(m, peak, method="inverted_cdf") - m.min()), None, 1)
+        for m in maps.numpy()
+    ]
+    torch.testing.assert_close(min_max(maps, peak), torch.tensor(np.stack(expected)))
+    maps[0, 3, 4] = 50.0
+    torch.testing.assert_close(min_max(maps, peak), min_max(maps.clamp(max=1), peak))
