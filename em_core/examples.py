@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import UserError
 from .masks.resizing import Size, cut, resize
 from .pictures import Picture, read_picture
-from .prompts import ConceptPrompt
+from .prompts import ConceptPrompt, require_no_weights
 
 NamedMasks = Mapping[str, Bool[Tensor, "_ _"]]
 
@@ -43,6 +43,7 @@ class Example:
 
     def __post_init__(self) -> None:
         self.prompt.require_concepts()
+        require_no_weights(str(self.prompt))
         height, width = self.picture.shape[-2:]
         if min(height, width) < 8:
             raise UserError(

@@ -14,6 +14,9 @@ ConceptVectors = Mapping[str, Mapping[str, Tensor]]
 WORD = re.compile(r"[^\W\d_][\w']*")
 MARK = re.compile(r"<([^<>]*)>")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+EMBEDDING = "embedding:"
+LOADERS = ("lora", "lyco", "lycoris", "hypernet")
+WEIGHT = re.compile(r"\((?:[^()<>]|<[^<>]*>)*:\s*[+-]?\d*\.?\d+\s*\)")
 EXAMPLE = "a photo of <rex:dog> and <doll:old doll> on <shore:beach>"
 
 
@@ -104,10 +107,60 @@ class ConceptPrompt:
         return "".join(str(part) for part in self.parts)
 
 
+def require_no_loader(mark: str, name: str) -> None:
+    """Refuse what loads a LoRA elsewhere, as in `<lora:file:1>`.
+
+    Raises:
+        UserError: the mark is of that kind.
+    """
+    if name.lower() in LOADERS:
+        raise UserError(
+            f"{mark} in a prompt loads a file in other programs, and nothing here. Delete it; in ComfyUI, "
+            "connect a Load LoRA node instead."
+        )
+
+
+def embedding_name(words: str) -> str | None:
+    """Return the file that `embedding:file`, in place of a concept's words, names; None for ordinary words.
+
+    Raises:
+        UserError: other words stand beside it.
+    """
+    if EMBEDDING not in words:
+        return None
+    name = words.removeprefix(EMBEDDING).strip()
+    if not words.startswith(EMBEDDING) or not name or " " in name:
+        raise UserError(
+            f"Bad start {words!r} of a concept. Expected either words or one embedding, as in "
+            "<rex:embedding:my_dog>."
+        )
+    return name
+
+
+def require_no_weights(text: str) -> None:
+    """Refuse weights in a prompt that is learned from or searched for, as in `(<rex:dog>:1.3)`.
+
+    Raises:
+        UserError: there are such weights.
+    """
+    if found := WEIGHT.search(text):
+        raise UserError(
+            f"Weights such as {found[0]!r} have no place in a prompt that describes a picture: what is learned "
+            "would hold for this weight alone. Delete the parentheses and the number; weights are for drawing."
+        )
+
+
 def read_mark(inside: str) -> Concept:
-    """Return the concept that `name:initial words`, the inside of a mark, stands for."""
+    """Return the concept that `name:initial words`, the inside of a mark, stands for.
+
+    Raises:
+        UserError: the name or the words are malformed.
+    """
     name, _, words = inside.partition(":")
-    return Concept(name.strip(), " ".join(words.split()))
+    require_no_loader(f"<{inside}>", name.strip())
+    words = " ".join(words.split())
+    embedding_name(words)
+    return Concept(name.strip(), words)
 
 
 def merge_concepts(prompts: Iterable[ConceptPrompt]) -> tuple[Concept, ...]:

@@ -9,6 +9,7 @@ from .extract import ExtractLatentMasks
 from .files import LoadConcepts, SaveConcepts
 from .learn import LearnConcepts
 from .masks import CompareMasks, RefineCRF
+from .notices import listen
 
 NODES: list[type[io.ComfyNode]] = [
     ConceptExample,
@@ -28,4 +29,5 @@ class VisualConcepts(ComfyExtension):
     """The extension that ComfyUI loads."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        listen()
         return NODES

@@ -54,7 +54,9 @@ class ApplyConceptTokens(io.ComfyNode):
                     "masks",
                     optional=True,
                     tooltip="Limits each concept to an area of the picture. Give one mask per concept, in the "
-                    "order in which they were learned; without masks, every concept may appear anywhere.",
+                    "order in which they were learned; without masks, every concept may appear anywhere. The masks "
+                    "are of the whole picture: where a later node samples it tile by tile, use a second Apply "
+                    "Concept Tokens without masks.",
                 ),
             ],
             outputs=[

@@ -38,7 +38,8 @@ class ConceptExample(io.ComfyNode):
                     default="a photo of <rex:dog> on <shore:beach>",
                     tooltip="Describe the picture and mark each thing to learn as <name:words>, as in "
                     "<rex:dog>: learning starts from what the words mean. <name> alone starts from the best of "
-                    "several random tries. A background can be a concept too.",
+                    "several random tries, and <name:embedding:file> goes on from an embedding that you have. A "
+                    "background can be a concept too.",
                 ),
                 io.Mask.Input(
                     "masks",

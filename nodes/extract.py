@@ -110,9 +110,10 @@ class ExtractLatentMasks(io.ComfyNode):
             )
         parsed = ConceptPrompt.parse(prompt).require_concepts()
         pictures = pictures_of(image)
+        models = identify(model, clip, vae)
         if concepts is not None:
             require_same_family(concepts, clip)
-        host = ComfyHost(identify(model, clip, vae))
+        host = ComfyHost(models)
         settings = mask_settings(em_settings(host.models.family).masks, passes, threshold, crf)
         try:
             results = [

@@ -32,7 +32,7 @@ from ..model.protocol import Conditioning, TextStream
 from ..model.recording import AttentionRecorder, listening
 from ..model.schedules import NoiseSchedule, VariancePreserving
 from ..model.vectors import random_vectors, spread_pieces
-from ..prompts import ConceptPrompt, ConceptVectors, require_known
+from ..prompts import ConceptPrompt, ConceptVectors, embedding_name, require_known
 from ..runs.concept_set import ConceptSet
 from ..settings import WeightKind
 from .loading import load_pipeline, require_plain_model, torch_device
@@ -226,7 +226,15 @@ class DiffusersHost:
         """Return the vectors of the words' pieces or, without words, random ones like the table's.
 
         Random vectors have the mean and standard deviation of the token table.
+
+        Raises:
+            UserError: an embedding is named in place of words.
         """
+        if embedding_name(words) is not None:
+            raise UserError(
+                f"A start from {words!r} works inside ComfyUI alone, which knows where embeddings are. Give words "
+                "instead."
+            )
         table = self.text_encoder.get_input_embeddings().weight.detach().float()
         ids = self.pieces(words)
         if not ids:

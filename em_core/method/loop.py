@@ -63,15 +63,17 @@ def learn(problem: Problem, state: RunState) -> Iterator[Step]:
     if state.phase == "em" and state.step == 0:
         event, state = recorded(replace(state, curves={}), start_event(problem, state))
         yield event, state
+    first = True
     while state.phase == "em" and state.step < problem.settings.steps:
-        event, state = em_step(problem, state)
+        event, state = em_step(problem, state, first)
+        first = False
         yield event, state
 
 
-def em_step(problem: Problem, state: RunState) -> Step:
+def em_step(problem: Problem, state: RunState, first: bool = False) -> Step:
     """One M-step, and the E-step where it is due."""
     settings = problem.settings
-    state, drawn, terms, maps = m_step(problem, state)
+    state, drawn, terms, maps = m_step(problem, state, first)
     losses = {name: float(value.detach()) for name, value in terms.items()}
     event = StepEvent("em", state.step, settings.steps, losses)
     if settings.mode == "em":

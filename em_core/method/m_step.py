@@ -8,14 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UserError
 from ..masks.measures import union
 from ..masks.resizing import resize
 from ..model.layers import loss_layers, mask_layers
 from ..model.protocol import Conditioning
 from ..model.recording import AttentionMaps, mean_maps
+from ..prompts import ConceptVectors
 from ..settings import EMSettings
 from . import losses
-from .maps import like_noise, recorder_for
+from .maps import like_noise, one_time, recorder_for
 from .optimizer import clip_and_step, give_moments, learnable, learned, moments_of, named_vectors
 from .problem import Prepared, Problem
 from .state import RunState, generator_at
@@ -55,7 +57,8 @@ def draw(problem: Problem, state: RunState, generator: torch.Generator) -> Draw:
     subsets = tuple(draw_subset(names, settings, generator) for _ in range(settings.batch))
     flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
     Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
-    t = host.schedule.draw_times(settings.batch, generator).to(host.device)
+    times = 1 if one_time(host) else settings.batch
+    t = host.schedule.draw_times(times, generator).expand(settings.batch).to(host.device)
     present = torch.tensor(
         [[float(n in s and n in found) for n in prepared.names] for s in subsets],
         device=host.device,
@@ -96,16 +99,24 @@ def recorded_layers(problem: Problem, prepared: Prepared, phase: str) -> tuple[s
     return tuple(dict.fromkeys(wanted))
 
 
-def m_step(problem: Problem, state: RunState) -> tuple[RunState, Draw, Terms, AttentionMaps]:
+def m_step(
+    problem: Problem, state: RunState, first: bool = False
+) -> tuple[RunState, Draw, Terms, AttentionMaps]:
     """One optimisation step on the vectors: the new state, what was drawn, the terms of the loss,
     and the maps that the pass recorded.
 
+    Args:
+        problem, state: what the run works on, and where it stands.
+        first: whether to look if the diffusion loss reaches the vectors.
+
     Raises:
         TrainingError: the loss or its gradient is not finite.
+        UserError: the diffusion loss does not reach the vectors.
     """
     settings, generator = problem.settings, generator_at(state.generator)
     vectors = learnable(state.vectors)
-    drawn, terms, maps = forward_backward(problem, replace(state, vectors=vectors), generator)
+    learning = replace(state, vectors=vectors)
+    drawn, terms, maps = forward_backward(problem, learning, generator, first)
     parameters = named_vectors(vectors)
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0
@@ -123,7 +134,7 @@ def m_step(problem: Problem, state: RunState) -> tuple[RunState, Draw, Terms, At
 
 
 def forward_backward(
-    problem: Problem, state: RunState, generator: torch.Generator
+    problem: Problem, state: RunState, generator: torch.Generator, first: bool = False
 ) -> tuple[Draw, Terms, AttentionMaps]:
     """Draw, predict, and add the loss's gradient to the parameters'."""
     host = problem.host
@@ -138,8 +149,38 @@ def forward_backward(
         Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
         prediction = host.predict(Z_t, drawn.t, conditioning)
         terms = loss_terms(problem, state, drawn, prediction, recorder.maps)
+        if first:
+            require_reached(state.vectors, drawn, terms["diffusion"])
         terms["total"].backward()
     return drawn, terms, recorder.maps
+
+
+def require_reached(vectors: ConceptVectors, drawn: Draw, loss: Float[Tensor, ""]) -> None:
+    """Refuse a model through which the diffusion loss gives the drawn concepts no gradient.
+
+    Eq. 4 alone would go on as if all were well, since it is taken before the attention's output.
+
+    Raises:
+        UserError: it does not reach the vectors of some concept.
+    """
+    if not loss:  # nothing to learn: the masks are empty
+        return
+    present = {name: vectors[name] for subset in drawn.subsets for name in subset}
+    named = named_vectors(present)
+    gradients: Sequence[Tensor | None] = [None] * len(named)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(
+            loss, list(named.values()), retain_graph=True, allow_unused=True
+        )
+    cut = [n for n, g in zip(named, gradients, strict=True) if g is None or not g.any()]
+    if cut:
+        concepts = dict.fromkeys(name.split("/")[1] for name in cut)
+        raise UserError(
+            f"The diffusion loss does not reach the token of {', '.join(concepts)}, so nothing true can be "
+            "learned. Something in the model passes no gradient on: an attention kernel for drawing alone "
+            "(SageAttention, FlashAttention), or a patch or wrapper on the model. Switch it off, or learn on "
+            "the model from before that patch."
+        )
 
 
 def loss_terms(

@@ -22,6 +22,14 @@ def like_noise(Z: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *Z.shape[1:], generator=generator).to(Z)
 
 
+def one_time(host: DiffusionModel) -> bool:
+    """Whether all samples that go through the model together need the same time.
+
+    A host says so (`one_time`) whose model has patches that look at the first sample's alone.
+    """
+    return getattr(host, "one_time", False)
+
+
 def recorder_for(
     conditioning: Conditioning,
     names: Sequence[str],
@@ -100,6 +108,7 @@ def read_attention(
     t = host.schedule.draw_times(passes, generator, *settings.timesteps).to(host.device)
     eps = like_noise(prepared.Z0, passes, generator)
     maps, affinity = [], []
+    batch = 1 if one_time(host) else batch
     for times, noise in zip(t.split(batch), eps.split(batch), strict=True):
         recorder = noisy_pass(host, prepared, conditioning, wanted, times, noise, among)
         maps.append(mean_maps(recorder.maps, wanted, size)[:, :k])

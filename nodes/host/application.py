@@ -10,9 +10,10 @@ from torch import Tensor
 from ...em_core.errors import UserError
 from ...em_core.runs.concept_set import ConceptSet
 from ..exports import lora_tensors
-from .families import encoder_widths, text_encoders
-from .layout import laid_out_model, noting_clip
-from .text import require_same_count, with_concepts, word_vectors
+from .embeddings import start_of_embedding
+from .families import encoder_widths, require_there, text_encoders
+from .layout import laid_out
+from .text import require_new_names, require_same_count, with_concepts, word_vectors
 
 
 def require_same_family(concepts: ConceptSet, clip: Any) -> None:
@@ -46,6 +47,7 @@ def apply_concepts(
     Raises:
         UserError: the concepts were learned on a different family.
     """
+    require_there(model=model, clip=clip)
     require_same_family(concepts, clip)
     require_same_count(concepts.vectors)
     vectors = {name: vectors_at(clip, concepts, name, strength) for name in concepts.names}
@@ -54,21 +56,32 @@ def apply_concepts(
         new_model, new_clip = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
     else:
         new_model, new_clip = model.clone(), clip.clone()
+    require_new_names(clip.tokenizer, concepts.names)
     new_clip.tokenizer = with_concepts(clip.tokenizer, vectors, tuple(text_encoders(clip)))
     if not masks:
         return new_model, new_clip
-    return laid_out_model(new_model, masks), noting_clip(new_clip, vectors)
+    return laid_out(new_model, new_clip, vectors, masks)
 
 
 def vectors_at(clip: Any, concepts: ConceptSet, name: str, strength: float) -> Mapping[str, Tensor]:
-    """Return a concept's vectors at a strength; without initial words they are scaled from zero."""
+    """Return a concept's vectors at a strength; without initial words they are scaled from zero.
+
+    Raises:
+        UserError: the embedding that it started from is needed, and is gone or another one.
+    """
     learned = {encoder: v.detach().clone().float() for encoder, v in concepts.vectors[name].items()}
     if strength == 1:
         return learned
     words = next(concept.words for concept in concepts.concepts if concept.name == name)
+    file = start_of_embedding(clip.tokenizer, encoder_widths(clip), words)
     scaled = {}
     for encoder, v in learned.items():
-        start = word_vectors(clip, encoder, words, len(v))
+        start = word_vectors(clip, encoder, words, len(v)) if file is None else file[encoder]
+        if start is not None and len(start) != len(v):
+            raise UserError(
+                f"The strength of {name} cannot be changed. Expected {len(v)} vectors in {words!r}, which it "
+                f"started from, got {len(start)}. Put that file back, or set the strength to 1."
+            )
         start = torch.zeros_like(v) if start is None else start
         scaled[encoder] = start + strength * (v - start)
     return scaled

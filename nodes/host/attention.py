@@ -1,9 +1,12 @@
 """Attention of ComfyUI's UNet: listing its layers and listening to them."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from comfy.ldm.modules.attention import CrossAttention
+from comfy.ldm.modules.attention import CrossAttention, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from torch import nn
 
@@ -53,8 +56,29 @@ def has(block: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in block.modules())
 
 
-def record_attention(
-    unet: nn.Module, recorder: AttentionRecorder
-) -> AbstractContextManager[AttentionRecorder]:
+@contextmanager
+def record_attention(unet: nn.Module, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
     """Let `recorder` see the queries and keys of the UNet's attention while the context is open."""
-    return listening(recorder, attention_modules(unet, CROSS) | attention_modules(unet, SELF))
+    handles = []
+    try:
+        for path, block in unet.named_modules():
+            if isinstance(block, SpatialTransformer):
+                names = [name for name in recorder.layers if name.startswith(f"{path}.")]
+                note = partial(note_size, recorder, names)
+                handles.append(block.register_forward_pre_hook(note))
+        with listening(recorder, attention_modules(unet, CROSS) | attention_modules(unet, SELF)):
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def note_size(
+    recorder: AttentionRecorder, names: list[str], block: nn.Module, args: tuple[Any, ...]
+) -> None:
+    """Tell the recorder the size at which some layers work now: a patch may have shrunk their input."""
+    size = (args[0].shape[-2], args[0].shape[-1])
+    changed = [name for name in names if recorder.layers[name].size != size]
+    if changed:
+        sized = {name: replace(recorder.layers[name], size=size) for name in changed}
+        recorder.layers = {**recorder.layers, **sized}

@@ -28,7 +28,18 @@ from ...em_core.settings import WeightKind
 from ..exports import loadable
 from .attention import SELF, attention_layers, block_levels, record_attention
 from .copies import private_copies
-from .families import GraphModels, noise_schedule
+from .embeddings import require_embeddings, start_of_embedding
+from .families import GraphModels, noise_schedule, wrong_vae
+from .patches import (
+    OrdinaryTensors,
+    core_attention,
+    guarded,
+    patch_functions,
+    refusal,
+    refusing,
+    uncompiled,
+    watching_gradients,
+)
 from .text import (
     find_columns,
     keep_saved,
@@ -42,8 +53,10 @@ from .text import (
 )
 
 UNET = "diffusion_model"
+OVERRIDE = "optimized_attention_override"
 ADAPTABLE = re.compile(r"attn[12]\.(to_[qkv]|to_out\.0)$|self_attn\.([qkv]|out)_proj$")
 CROSS_ATTENTION = re.compile(r"attn2\.to_[kv]\.weight$")
+PARENTHESIS = re.compile(r"(?<!\\)([()])")  # of a description, where it is no weight
 NO_PART = re.compile(r"token_embedding\.weight$|logit_scale$|text_projection\.weight$")
 
 
@@ -54,11 +67,14 @@ class ComfyHost:
         models: the graph's models, identified.
         learning: whether the weights are private copies with gradients; otherwise they are the user's
             own and only read.
+        one_time: whether all samples of a call need the same time, as in sampling: other nodes' patches
+            look at the first one's.
     """
 
     def __init__(self, models: GraphModels, learning: bool = False) -> None:
         self.models, self.learning = models, learning
-        self.model, self.clip, self.vae = models.model, models.clip, models.vae
+        self.model = models.model if learning else uncompiled(models.model)
+        self.clip, self.vae = models.clip, models.vae
         self.unet = self.model.model.diffusion_model
         self.device = torch.device(self.model.load_device)
         schedule = noise_schedule(self.model)
@@ -70,6 +86,11 @@ class ComfyHost:
         sampling = self.model.get_model_object("model_sampling")
         self.sigmas = sampling.sigmas.detach().clone().float()
         self.loaded = False
+        self.one_time = bool(patch_functions(self.model))
+        self.ordinary = OrdinaryTensors() if learning else None
+        self.attention = core_attention(
+            self.model.model_options["transformer_options"].get(OVERRIDE), learning
+        )
         self._identity: ModelIdentity | None = None
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
@@ -87,9 +108,16 @@ class ComfyHost:
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Return scaled latents of pictures in -1..1.
+
+        Raises:
+            UserError: the VAE is of another family.
+        """
         self.loaded = False
         pixels = rearrange(image, "b c h w -> b h w c").float().cpu() / 2 + 0.5
         latent = self.vae.encode(pixels).to(self.device, torch.float32, copy=True)
+        if latent.ndim != 4 or latent.shape[1] != self.models.channels:
+            raise wrong_vae(self.models.channels, f"latents of shape {tuple(latent.shape)}")
         return self.model.model.process_latent_in(latent)
 
     def encode_prompts(
@@ -104,6 +132,7 @@ class ComfyHost:
         require_same_count(vectors)
         tokenizer = with_concepts(self.clip.tokenizer, vectors, tuple(self.models.encoders))
         texts = [prompt_text(prompt, vectors) for prompt in prompts]
+        require_embeddings(self.clip.tokenizer, self.models.encoders, set(texts))
         tokens = {text: tokenize(tokenizer, text) for text in dict.fromkeys(texts)}
         chunks = max(len(rows) for by_encoder in tokens.values() for rows in by_encoder.values())
         encoded, places = {}, {}
@@ -155,18 +184,27 @@ class ComfyHost:
         }
         given |= self.size_conditioning(x, conditioning)
         wrapper = options.get("model_function_wrapper")
-        try:
+        run = self.model.model.apply_model
+        with refusing(self.model, self.learning, anything=True), self.expecting_unet():
             if wrapper is None:
-                return self.model.model.apply_model(x, sigma, **given)
-            call = {"input": x, "timestep": sigma, "c": given, "cond_or_uncond": [0]}
-            return wrapper(self.model.model.apply_model, call)
-        except RuntimeError as error:
-            if self.learning and "nference tensor" in str(error):
-                raise UserError(
-                    "A patch that another node has put on the MODEL does not support learning "
-                    f"({error}). Connect the MODEL from before that node to Learn Concepts."
-                ) from error
-            raise
+                return run(x, sigma, **given)
+            return wrapper(run, {"input": x, "timestep": sigma, "c": given, "cond_or_uncond": [0]})
+
+    @contextmanager
+    def expecting_unet(self) -> Iterator[None]:
+        """Refuse a patch that runs another module in the UNet's place, or none at all.
+
+        Raises:
+            UserError: the UNet whose attention is recorded has not run.
+        """
+        ran = []
+        handle = self.unet.register_forward_pre_hook(lambda module, args: ran.append(True))
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not ran:
+            raise refusal(self.model, "it runs something else in the UNet's place", self.learning)
 
     def transformer_options(self, sigma: Tensor) -> dict[str, Any]:
         """Return what the UNet's blocks are told: the graph's patches and what samplers add."""
@@ -175,7 +213,11 @@ class ComfyHost:
             registered = getattr(self.model, kind)
             options[kind] = merge_nested_dicts(dict(options.get(kind, {})), registered)
         added = {"cond_or_uncond": [0], "uuids": [uuid.UUID(int=0)], "sigmas": sigma}
-        return options | added | {"sample_sigmas": self.sigmas.flip(0)}
+        options |= added | {"sample_sigmas": self.sigmas.flip(0)}
+        if self.learning:
+            options[OVERRIDE] = self.attention
+        seed = int(sigma.sum() * 1e6) if self.one_time else 0
+        return guarded(options, self.ordinary, seed)
 
     def size_conditioning(self, x: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
         """Return SDXL's vector of the pooled text and the picture's size; empty for other families."""
@@ -198,8 +240,15 @@ class ComfyHost:
     ) -> dict[str, Float[Tensor, "n d"]]:
         """Return the vectors of the words' pieces or, without words, random ones like the table's.
 
-        Random vectors have the mean and standard deviation of the token table.
+        Random vectors have the mean and standard deviation of the token table. `embedding:file` in
+        place of words gives all vectors of that file, whatever `count` is.
+
+        Raises:
+            UserError: there is no such file, or it is of another family.
         """
+        start = start_of_embedding(self.clip.tokenizer, self.models.encoders, words)
+        if start is not None:
+            return {name: vectors.to(self.device) for name, vectors in start.items()}
         found = {}
         first = next(iter(self.models.encoders))
         count = count or max(1, len(pieces(self.clip.tokenizer, first, words)))
@@ -316,7 +365,10 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
         raise UserError(
             f"Concept {', '.join(missing)} has not been learned. Known: {', '.join(vectors) or 'none'}."
         )
-    return "".join(part if isinstance(part, str) else f"<{part.name}>" for part in prompt.parts)
+    return "".join(
+        PARENTHESIS.sub(r"\\\1", part) if isinstance(part, str) else f"<{part.name}>"
+        for part in prompt.parts
+    )
 
 
 @contextmanager
@@ -336,6 +388,7 @@ def learning_host(
     with private_copies(models.model, models.clip, dtype, clip_dtype) as (model, clip):
         host = ComfyHost(replace(models, model=model, clip=clip), learning=True)
         try:
-            yield host
+            with refusing(model, learning=True), watching_gradients(host.unet):
+                yield host
         finally:
             host.__dict__.clear()  # a leftover reference must not keep the copies alive

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .families import require_plain_weights
+from .patches import refusal, uncompiled
 
 
 def without_paging(patcher: Any) -> Any:
@@ -33,6 +34,20 @@ def copy_module(model: nn.Module) -> nn.Module:
     return twin
 
 
+@contextmanager
+def injected(patcher: Any) -> Iterator[None]:
+    """Let what other nodes inject into the modules, such as a LoRA in bypass mode, stand in them.
+
+    A copy that is made now has copies of it in its own modules, where injecting again would change
+    the user's.
+    """
+    patcher.inject_model()
+    try:
+        yield
+    finally:
+        patcher.eject_model()
+
+
 def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
     """Return a patcher that has all of `patcher`'s patches and its own copy of the weights.
 
@@ -41,9 +56,15 @@ def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
     Raises:
         UserError: the weights are of a kind that has no gradient.
     """
-    own = without_paging(patcher)
+    own = without_paging(uncompiled(patcher))
     require_plain_weights(own.model, what)
-    own.model = copy_module(own.model).requires_grad_(False)
+    if own.injections and own.model is not patcher.model:
+        raise refusal(
+            patcher, "it is bound to the modules of another copy of the model", learning=True
+        )
+    with injected(own):
+        own_module = copy_module(own.model)
+    own.model, own.injections = own_module.requires_grad_(False), {}
     own.backup, own.object_patches_backup, own.hook_backup = {}, {}, {}
     own.pinned, own.parent = set(), None
     if hasattr(own, "backup_buffers"):

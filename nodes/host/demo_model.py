@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...em_core.errors import UserError
-from ...em_core.prompts import require_known
+from ...em_core.prompts import MARK, require_known
+from .text import refuse_unknown
 
 NO_WORDS = re.compile(r"<[^<>]*>|embedding:\S+")
 BLOCK = re.compile(r"(up_blocks)\.(\d)")
@@ -43,6 +44,11 @@ class DemoTokenizer(SD1Tokenizer):
     known_words: frozenset[str] = frozenset()
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        concepts = getattr(self.clip_l, "concepts", {})
+        for mark in MARK.finditer(text):
+            name = mark[1].partition(":")[0].strip()
+            if name not in concepts:
+                refuse_unknown(mark[0], name, concepts)
         require_known(NO_WORDS.sub(" ", text), self.known_words)
         return super().tokenize_with_weights(text, *args, **kwargs)
 

@@ -95,12 +95,62 @@ def require_unet(model: Any) -> None:
         )
 
 
+def require_there(**parts: Any) -> None:
+    """Refuse inputs that are empty: a checkpoint's loader gives nothing for what the file lacks.
+
+    Raises:
+        UserError: there is such an input; the message says which node loads the part alone.
+    """
+    loaders = {"model": "Load Diffusion Model", "clip": "Load CLIP", "vae": "Load VAE"}
+    for name, part in parts.items():
+        if part is None or (name == "vae" and part.first_stage_model is None):
+            raise UserError(
+                f"The input '{name}' is empty, because the checkpoint that was loaded has no "
+                f"{name.upper()}. Connect one of the same family from the node {loaders[name]}, or load a "
+                "checkpoint that has all parts."
+            )
+
+
+def require_vae(model: Any, vae: Any) -> None:
+    """Refuse a VAE whose latents are not the MODEL's.
+
+    Raises:
+        UserError: it has another number of channels, or is one for videos.
+    """
+    expected = model.model.latent_format.latent_channels
+    if vae.latent_channels != expected or vae.latent_dim != 2:
+        kind = " and for videos" * (vae.latent_dim == 3)
+        raise wrong_vae(expected, f"one with {vae.latent_channels}{kind}")
+
+
+def wrong_vae(channels: int, found: str) -> UserError:
+    return UserError(
+        f"This VAE is of a different family. Expected one for pictures with {channels} latent channels, as "
+        f"the MODEL has, got {found}. Connect the VAE of the MODEL's checkpoint."
+    )
+
+
+def require_no_hooks(clip: Any) -> None:
+    """Refuse a CLIP with hooks, which act through the conditionings that samplers get.
+
+    Raises:
+        UserError: it has hooks.
+    """
+    if clip.patcher.forced_hooks is not None:
+        raise UserError(
+            "This CLIP has hooks that belong to its conditionings (Set CLIP Hooks), which this node does not run. "
+            "Connect the CLIP from before that node; for drawing, leave the node where it is."
+        )
+
+
 def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
     """Identify a graph's models and check that they belong together.
 
     Raises:
-        UserError: one is not supported, or they do not belong together.
+        UserError: one is missing or not supported, or they do not belong together.
     """
+    require_there(model=model, clip=clip, vae=vae)
+    require_no_hooks(clip)
     require_unet(model)
     widths = encoder_widths(clip)
     read = next(
@@ -114,6 +164,7 @@ def identify(model: Any, clip: Any, vae: Any) -> GraphModels:
             f"MODEL and CLIP are from different families. Expected text vectors of width {read}, which the "
             f"MODEL reads, got {given} from the CLIP. Load both from one checkpoint."
         )
+    require_vae(model, vae)
     family, side = family_of(model, widths)
     factor = int(vae.spacial_compression_encode())
     channels = int(model.model.latent_format.latent_channels)
@@ -144,8 +195,8 @@ def prediction(model: Any) -> Prediction:
     if predicted is None or not isinstance(sampling, ModelSamplingDiscrete):
         raise UserError(
             "This MODEL's sampling is not supported. Expected eps or v-prediction on the usual discrete "
-            "schedule, not EDM, LCM or flow. Remove the ModelSampling node before this one, or load another "
-            "checkpoint."
+            "schedule, not EDM, LCM or flow. Connect the MODEL from before the ModelSampling node to this one, and "
+            "leave that node where it is for drawing; or load another checkpoint."
         )
     return predicted
 

@@ -1,13 +1,15 @@
 """Restrict where each concept may act, with masks on the cross-attention of its columns.
 
-The CLIP notes in every conditioning at which columns its concepts stand. The MODEL's patch reads the
-note and shuts a concept's columns off for the pixels outside its mask. Attention patches that are
-already there run first, and what they add is kept.
+The CLIP remembers at which columns its concepts stand in all that it encodes. When sampling begins, the
+MODEL looks each conditioning's text up there, also in what other nodes have joined or averaged, and its
+patch shuts a concept's columns off for the pixels outside its mask. Attention patches that are already
+there run first, and what they add is kept.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from comfy.conds import CONDConstant
@@ -17,30 +19,113 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ...em_core.masks.resizing import resize
-from ...em_core.model.layers import size_of_map
+from ...em_core.errors import UserError
+from ...em_core.masks.resizing import Size, resize
 from ...em_core.prompts import ConceptVectors
 from .attention import CROSS, attention_modules
+from .encodings import Columns, Encodings
 from .text import find_columns
 
 NOTE = "concept_columns"
+SIZE = "concept_latent_size"
 OFF = -1e4
 PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The positions of the concepts' vectors, the same for every sample of a conditioning.
+class Note:
+    """What a conditioning tells the attention patches.
 
     Attributes:
-        positions: pairs of a concept and the positions of its vectors.
+        columns: where the concepts stand in its text.
+        area: (height, width, top, left) of the part of the latent that it is for; None is the whole.
     """
 
-    positions: tuple[tuple[str, tuple[int, ...]], ...]
+    columns: Columns
+    area: tuple[int, ...] | None = None
 
 
-def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
-    """Return a CLIP that notes in each conditioning where the concepts stand."""
+class CONDNote(CONDConstant):
+    """A note that learns from the sampler which part of the latent its conditioning is for."""
+
+    def process_cond(self, batch_size: int, area: Any = None, **others: Any) -> "CONDNote":
+        return CONDNote(replace(self.cond, area=None if area is None else tuple(map(int, area))))
+
+
+@dataclass
+class Memory:
+    """What a layout's MODEL and CLIP know of the texts and sizes that they have met.
+
+    Attributes:
+        encodings: what the CLIP has encoded.
+        biases: what is added to the logits, computed once per size.
+    """
+
+    encodings: Encodings = field(default_factory=Encodings)
+    biases: dict[Any, Tensor] = field(default_factory=dict)
+
+
+# Apart from the layouts, since what is patched into a MODEL is part of a run's key.
+MEMORIES: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The masks of one ApplyConceptTokens, shared by its MODEL and its CLIP.
+
+    Attributes:
+        masks: concept -> [H, W] mask of the whole picture.
+    """
+
+    masks: Mapping[str, Float[Tensor, "_ _"]]
+
+    @property
+    def key(self) -> str:
+        """Name of the notes that belong to this layout: several may act on one MODEL, for different concepts."""
+        return f"{NOTE}_{'_'.join(self.masks)}"
+
+    @property
+    def memory(self) -> Memory:
+        return MEMORIES.setdefault(self, Memory())
+
+    def bias(self, note: Note, options: Mapping[str, Any], q: Tensor, tokens: int) -> Tensor:
+        """Return what is added to a layer's logits [q, t]: a large negative number outside the masks.
+
+        Raises:
+            UserError: the layer does not see the part of the picture that the note is for.
+        """
+        latent = tuple(options["original_shape"][-2:])
+        whole = tuple(options.get(SIZE, latent))
+        if latent != (note.area[:2] if note.area else whole):
+            raise refused("draws the picture in tiles")
+        layer = tuple(options["activations_shape"][-2:])
+        if layer[0] * layer[1] != q.shape[1]:
+            raise refused("changes how many spots of the picture attend to the prompt")
+        key = (note, whole, layer, tokens, q.device, q.dtype)
+        biases = self.memory.biases
+        if key not in biases:
+            biases[key] = shut_off(note, self.masks, whole, layer, tokens).to(q)
+        return biases[key]
+
+
+def refused(what: str) -> UserError:
+    return UserError(
+        f"The masks of Apply Concept Tokens cannot act here, because another node {what}. For this sampler, "
+        "connect a MODEL from an Apply Concept Tokens without masks, or leave that node out."
+    )
+
+
+def laid_out(model: Any, clip: Any, vectors: ConceptVectors, masks: Mapping[str, Tensor]) -> Any:
+    """Return a MODEL and a CLIP with which each concept acts only inside its mask."""
+    layout = Layout(dict(masks))
+    return laid_out_model(model, layout), noting_clip(clip, vectors, layout)
+
+
+def noting_clip(clip: Any, vectors: ConceptVectors, layout: Layout) -> Any:
+    """Return a CLIP that remembers where the concepts stand in what it encodes."""
+
+    def columns_in(clip: Any, tokens: Any) -> Mapping[str, tuple[int, ...]]:
+        return find_columns(tokens, clip.tokenizer, vectors)[0]
 
     class NotingClip(type(clip)):  # type: ignore[misc]
         def clone(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,12 +133,21 @@ def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
             twin.__class__ = type(self)
             return twin
 
+        def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            encoded = super().encode_from_tokens(tokens, *args, **kwargs)
+            text = encoded["cond"] if isinstance(encoded, dict) else encoded
+            layout.memory.encodings.add(
+                text[0] if isinstance(text, tuple) else text, columns_in(self, tokens)
+            )
+            return encoded
+
         def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
             encoded = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
-            columns, _ = find_columns(tokens, self.tokenizer, vectors)
-            note = CONDConstant(Columns(tuple(columns.items())))
-            for _, plain in encoded if columns else ():
-                plain["model_conds"] = {**plain.get("model_conds", {}), NOTE: note}
+            for text, plain in encoded:
+                columns = layout.memory.encodings.add(text, columns_in(self, tokens))
+                # For nodes that change the text's values afterwards.
+                noted = {layout.key: CONDNote(Note(columns))}
+                plain["model_conds"] = {**plain.get("model_conds", {}), **noted}
             return encoded
 
     noting = clip.clone()
@@ -61,40 +155,72 @@ def noting_clip(clip: Any, vectors: ConceptVectors) -> Any:
     return noting
 
 
-def laid_out_model(model: Any, masks: Mapping[str, Float[Tensor, "H W"]]) -> Any:
+def laid_out_model(model: Any, layout: Layout) -> Any:
     """Return a MODEL in which each concept acts only inside its mask."""
     twin = model.clone()
-    twin.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, NOTE, pass_note_on)
+    key = layout.key
+    twin.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, noting_conditionings(layout))
+    twin.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, pass_size_on)
+    twin.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, passing_note_on(key))
     options = twin.model_options["transformer_options"]
     replaced = dict(options.get("patches_replace", {}).get("attn2", {}))
     for name in attention_modules(twin.model.diffusion_model, CROSS):
         part, _, rest = name.partition(".")
         number = 0 if part == "middle_block" else int(rest.partition(".")[0])
         replaced.setdefault((PARTS[part], number), None)
-    wrapped = {block: attend_inside(masks, before) for block, before in replaced.items()}
+    wrapped = {block: attend_inside(layout, before) for block, before in replaced.items()}
     options["patches_replace"] = {**options.get("patches_replace", {}), "attn2": wrapped}
     return twin
 
 
-def pass_note_on(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hand the note from the conditioning to the attention patches."""
-    note = kwargs.pop(NOTE, None)
-    if note is None:
-        return executor(*args, **kwargs)
-    if "transformer_options" in kwargs:
-        kwargs["transformer_options"] = kwargs["transformer_options"] | {NOTE: note}
-        return executor(*args, **kwargs)
-    return executor(*args[:-1], args[-1] | {NOTE: note}, **kwargs)
+def noting_conditionings(layout: Layout) -> Callable[..., Any]:
+    """Return a wrapper of a whole sampling that notes in each conditioning where the concepts stand."""
+
+    def sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        for conditionings in executor.class_obj.conds.values():
+            for plain in conditionings or ():
+                columns = layout.memory.encodings.find(plain.get("cross_attn"))
+                if columns is not None:
+                    others = {k: v for k, v in plain["model_conds"].items() if k != layout.key}
+                    noted = {layout.key: CONDNote(Note(columns))} if columns.positions else {}
+                    plain["model_conds"] = {**others, **noted}
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            layout.memory.biases.clear()
+
+    return sample
 
 
-def attend_inside(
-    masks: Mapping[str, Float[Tensor, "H W"]], before: Callable[..., Tensor] | None
-) -> Callable[..., Tensor]:
+def pass_size_on(
+    executor: Any, model: Any, conds: Any, x: Tensor, timestep: Tensor, options: dict[str, Any]
+) -> Any:
+    """Tell the attention patches the size of the whole latent, of which an area may be cut."""
+    told = {**options.get("transformer_options", {}), SIZE: tuple(x.shape[-2:])}
+    return executor(model, conds, x, timestep, {**options, "transformer_options": told})
+
+
+def passing_note_on(key: str) -> Callable[..., Any]:
+    """Return a wrapper of the UNet that hands a note from the conditioning to the attention patches."""
+
+    def forward(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        note = kwargs.pop(key, None)
+        if note is None or not note.columns.positions:
+            return executor(*args, **kwargs)
+        if "transformer_options" in kwargs:
+            kwargs["transformer_options"] = kwargs["transformer_options"] | {key: note}
+            return executor(*args, **kwargs)
+        return executor(*args[:-1], args[-1] | {key: note}, **kwargs)
+
+    return forward
+
+
+def attend_inside(layout: Layout, before: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     """Return an attention that shuts concepts off outside their masks, on top of the patch `before`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         heads, precision = options["n_heads"], options.get("attn_precision")
-        note = options.get(NOTE)
+        note = options.get(layout.key)
 
         def plain(mask: Tensor | None = None) -> Tensor:
             return optimized_attention(
@@ -103,21 +229,33 @@ def attend_inside(
 
         if note is None:
             return plain() if before is None else before(q, k, v, options)
-        size = size_of_map(q.shape[1], tuple(options["original_shape"][-2:]))
-        inside = plain(shut_off(note, masks, size, k.shape[1]).to(q))
+        inside = plain(layout.bias(note, options, q, k.shape[1]))
         return inside if before is None else before(q, k, v, options) + inside - plain()
 
     return attend
 
 
 def shut_off(
-    note: Columns, masks: Mapping[str, Tensor], size: tuple[int, int], tokens: int
+    note: Note, masks: Mapping[str, Tensor], whole: Size, layer: Size, tokens: int
 ) -> Float[Tensor, "q t"]:
     """Return what is added to the logits: a large negative number outside a concept's mask."""
-    bias = torch.zeros(size[0] * size[1], tokens)
-    for name, positions in note.positions:
-        if name in masks:
-            small = resize(masks[name].float().cpu(), size, "mask")
-            outside = rearrange(small, "h w -> (h w)") < 0.5
-            bias[:, list(positions)] = outside[:, None] * OFF
+    bias = torch.zeros(layer[0] * layer[1], tokens)
+    for name, positions in note.columns.positions:
+        mask = masks[name].float().cpu()
+        small = resize(
+            mask if note.area is None else cut_out(mask, whole, note.area), layer, "mask"
+        )
+        outside = rearrange(small, "h w -> (h w)") < 0.5
+        bias[:, list(positions)] = outside[:, None] * OFF
     return bias
+
+
+def cut_out(mask: Float[Tensor, "H W"], whole: Size, area: tuple[int, ...]) -> Tensor:
+    """Return the part of a mask of the whole picture that lies in an area, given in parts of the latent."""
+    sides = [max(of_mask, of_latent) for of_mask, of_latent in zip(mask.shape, whole, strict=True)]
+    mask = resize(mask, (sides[0], sides[1]), "mask")
+    for axis, (length, start) in enumerate(zip(area[:2], area[2:], strict=True)):
+        scale = sides[axis] / whole[axis]
+        first, last = round(start * scale), round((start + length) * scale)
+        mask = mask.narrow(axis, first, max(1, last - first))
+    return mask

@@ -1,8 +1,7 @@
 """Concepts in ComfyUI's prompts: a tokenizer that knows them, and where they stand."""
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...em_core.errors import UserError
 from ...em_core.model.vectors import spread_pieces
-from ...em_core.prompts import MARK, ConceptVectors
+from ...em_core.prompts import MARK, NAME, ConceptVectors, require_no_loader
 
 MEMORY = "\x1a"
 Tokens = dict[str, list[list[tuple[Any, float]]]]
@@ -33,12 +32,7 @@ class ConceptTokens:
         name = mark[1].partition(":")[0].strip()
         if name in self.concepts:
             return f" embedding:{MEMORY}{name} "
-        logging.warning(
-            "Concept <%s> is not among those applied to this CLIP (%s); it is read as plain text.",
-            name,
-            ", ".join(self.concepts),
-        )
-        return mark[0]
+        return refuse_unknown(mark[0], name, self.concepts)
 
     def _try_get_embedding(self, embedding_name: str) -> Any:
         found = super()._try_get_embedding(embedding_name)  # type: ignore[misc]
@@ -46,6 +40,37 @@ class ConceptTokens:
         if not first.startswith(MEMORY):
             return found
         return (self.concepts[first.removeprefix(MEMORY)], *found[1:])
+
+
+def refuse_unknown(mark: str, name: str, known: Iterable[str]) -> str:
+    """Refuse a mark that looks like a concept's and is none; return it if it is plain text.
+
+    Raises:
+        UserError: it reads as plain text nobody has meant.
+    """
+    if not NAME.fullmatch(name):
+        return mark
+    require_no_loader(mark, name)
+    raise UserError(
+        f"The prompt has {mark}, but this CLIP knows no concept {name}. It knows: "
+        f"{', '.join(known) or 'none'}. Correct the name, or connect the CLIP of an Apply Concept Tokens whose "
+        "concepts have it; leave out < and > where you mean plain text."
+    )
+
+
+def require_new_names(tokenizer: Any, names: Iterable[str]) -> None:
+    """Refuse concepts whose names a CLIP knows already.
+
+    Raises:
+        UserError: there is such a name.
+    """
+    parts = [part for part in vars(tokenizer).values() if isinstance(part, ConceptTokens)]
+    twice = [name for name in names if any(name in part.concepts for part in parts)]
+    if twice:
+        raise UserError(
+            f"Two Apply Concept Tokens give this CLIP a concept {', '.join(twice)}, and only one of them could "
+            "be meant in a prompt. Learn one of them under another name, or take one of the nodes out."
+        )
 
 
 def with_concepts(tokenizer: Any, vectors: ConceptVectors, encoders: tuple[str, ...]) -> Any:
@@ -95,7 +120,8 @@ def find_columns(
         for name, by_encoder in vectors.items()
         for row in by_encoder[encoder].detach()
     }
-    flat = [token for chunk in tokens[key] for token, _ in chunk]
+    # Word ids may stand in third place.
+    flat = [entry[0] for chunk in tokens[key] for entry in chunk]
     columns: dict[str, tuple[int, ...]] = {}
     for position, token in enumerate(flat):
         if torch.is_tensor(token) and token.data_ptr() in owner:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from em_core.errors import UserError
+from em_core.examples import Example
 from em_core.model.vectors import random_vectors, spread_pieces
-from em_core.prompts import Concept, ConceptPrompt, merge_concepts
+from em_core.prompts import Concept, ConceptPrompt, embedding_name, merge_concepts
 
 
 def test_parts_of_a_prompt() -> None:
@@ -37,11 +38,32 @@ def test_text_survives_a_round_trip(text: str) -> None:
         ("a <../x:dog>", "Bad concept name"),
         ("a <1st:dog>", "Bad concept name"),
         ("a <Rex:dog> and <rex:cat>", "Rex and rex differ only in upper and lower case"),
+        ("a <lora:style:1>", "connect a Load LoRA node"),
+        ("a <rex:embedding:>", "Bad start"),
+        ("a <rex:red embedding:one>", "Bad start"),
+        ("a <rex:embedding:one dog>", "Bad start"),
     ],
 )
 def test_malformed_prompts(text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         ConceptPrompt.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["(<rex:dog>:1.3)", "a <rex> (on grass:.8) b", "(a <rex:dog>, big: 2 )"]
+)
+def test_weights_in_a_prompt_that_describes_a_picture(text: str) -> None:
+    picture = torch.zeros(3, 8, 8)
+    with pytest.raises(UserError, match="Weights such as"):
+        Example(picture, ConceptPrompt.parse(text))
+    plain = "a <rex:dog> (my dog) at 1:2, (see: here)"
+    assert str(Example(picture, ConceptPrompt.parse(plain)).prompt) == plain
+
+
+def test_embedding_in_place_of_words() -> None:
+    (concept,) = ConceptPrompt.parse("a <rex:embedding:my/dog.pt>").concepts
+    assert embedding_name(concept.words) == "my/dog.pt"
+    assert embedding_name("red dog") is None and embedding_name("") is None
 
 
 def test_a_prompt_without_concepts_is_refused_where_one_is_needed() -> None:

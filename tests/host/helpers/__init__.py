@@ -114,6 +114,25 @@ class TestAttentionPatch:
         return (patched,)
 
 
+class TestStockClip:
+    """A CLIP with ComfyUI's own tokenizer, which knows nothing of this pack and all words."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("CLIP",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}}
+
+    def run(self, clip):
+        from comfy.sd1_clip import SD1Tokenizer
+
+        stock = clip.clone()
+        stock.tokenizer = SD1Tokenizer(
+            embedding_directory=clip.tokenizer.clip_l.embedding_directory
+        )
+        return (stock,)
+
+
 class TestOutOfMemory:
     """A patch that reports exhausted memory while gradients are on and the batch is above a limit."""
 
@@ -209,6 +228,7 @@ NODE_CLASS_MAPPINGS = {
         TestDump,
         TestModelHash,
         TestAttentionPatch,
+        TestStockClip,
         TestOutOfMemory,
         TestUnreadable,
         TestSlow,

@@ -1,0 +1,157 @@
+"""What a graph shows before it runs: concepts that are applied to nothing, told on the nodes concerned."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import folder_paths
+
+from ..em_core.errors import UserError
+from ..em_core.prompts import LOADERS, MARK, NAME, ConceptPrompt
+from ..em_core.runs.concept_set import ConceptSet
+from .files import KIND
+
+Graph = Mapping[str, Mapping[str, Any]]
+APPLY, EXAMPLE, OURS = (
+    "ApplyConceptTokens",
+    "ConceptExample",
+    ("ConceptExample", "ExtractLatentMasks"),
+)
+MODEL, CLIP = 0, 1
+
+
+def notices(graph: Graph) -> dict[str, str]:
+    """Return what a user should know of a graph in API format, by the node where it belongs."""
+    found = {}
+    for name, node in graph.items():
+        said = lonely_output(graph, name) if node.get("class_type") == APPLY else None
+        said = said or unapplied_mark(graph, name)
+        if said:
+            found[name] = said
+    return found
+
+
+def lonely_output(graph: Graph, name: str) -> str | None:
+    """Say which of the MODEL and CLIP of an ApplyConceptTokens is not used while the other one is."""
+    used = {
+        value[1]
+        for node in graph.values()
+        for value in links(node)
+        if str(value[0]) == name and value[1] in (MODEL, CLIP)
+    }
+    if used == {CLIP}:
+        return (
+            "Only the CLIP of this node is connected. Connect its MODEL to the sampler too: without it, "
+            "masks and weights that were learned with the concepts do not act."
+        )
+    if used == {MODEL}:
+        return (
+            "Only the MODEL of this node is connected. Connect its CLIP to CLIP Text Encode too: without it, "
+            "no prompt knows the concepts."
+        )
+    return None
+
+
+def unapplied_mark(graph: Graph, name: str) -> str | None:
+    """Say where a prompt marks a concept of this graph for a CLIP that comes from no ApplyConceptTokens."""
+    node = graph[name]
+    if node.get("class_type") in OURS or not isinstance(node.get("inputs", {}).get("clip"), list):
+        return None
+    marks = {mark for text in texts_of(graph, name) for mark in MARK.findall(text)}
+    names = concept_names(graph)
+    known = {m for m in marks if (is_name(m) if names is None else m in names)}
+    if not known or any(graph[one].get("class_type") == APPLY for one in above(graph, name)):
+        return None
+    return (
+        f"This prompt has <{'>, <'.join(sorted(known))}>, but its CLIP does not come from an Apply Concept Tokens, "
+        "so it is read as plain text. Connect the CLIP of that node."
+    )
+
+
+def links(node: Mapping[str, Any]) -> list[Any]:
+    """Return a node's inputs that are linked, as [node, output] each."""
+    return [v for v in node.get("inputs", {}).values() if isinstance(v, list) and len(v) == 2]
+
+
+def above(graph: Graph, name: str) -> Iterator[str]:
+    """Yield every node that a node depends on."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for link in links(graph[waiting.pop()]):
+            source = str(link[0])
+            if source in graph and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+                yield source
+
+
+def texts_of(graph: Graph, name: str) -> list[str]:
+    """Return the texts in a node and in those linked to it directly."""
+    nodes = [graph[name], *(graph[str(v[0])] for v in links(graph[name]) if str(v[0]) in graph)]
+    return [
+        value
+        for node in nodes
+        if node.get("class_type") not in OURS
+        for value in node.get("inputs", {}).values()
+        if isinstance(value, str)
+    ]
+
+
+def is_name(mark: str) -> bool:
+    return bool(NAME.fullmatch(mark)) and mark.lower() not in LOADERS
+
+
+def concept_names(graph: Graph) -> set[str] | None:
+    """Return the names that the graph's examples mark, and those in the concept files that it loads.
+
+    None means any: an example gets its prompt from another node.
+    """
+    names: set[str] = set()
+    for node in graph.values():
+        kind, inputs = node.get("class_type"), node.get("inputs", {})
+        if kind == EXAMPLE and not isinstance(inputs.get("prompt"), str):
+            return None
+        if kind == EXAMPLE:
+            names |= names_in(inputs["prompt"])
+        if kind == "LoadConcepts":
+            names |= names_in_file(str(inputs.get("name")))
+    return names
+
+
+def names_in(prompt: str) -> set[str]:
+    try:
+        return set(ConceptPrompt.parse(prompt).names)
+    except UserError:  # said when the node runs
+        return set()
+
+
+def names_in_file(name: str) -> set[str]:
+    path = folder_paths.get_full_path(KIND, name)
+    try:
+        return set(ConceptSet.load(path).names) if path else set()
+    except UserError:
+        return set()
+
+
+def tell(request: dict[str, Any]) -> dict[str, Any]:
+    """Tell what a queued graph shows; it is queued as it is. A handler for ComfyUI's server."""
+    for node, text in notices(request.get("prompt") or {}).items():
+        logging.warning("Node %s: %s", node, text)
+        running_server().send_progress_text(text, node)
+    return request
+
+
+def running_server() -> Any:
+    """Return ComfyUI's server, or None where its nodes are used without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def listen() -> None:
+    """Look at every graph that is queued from now on."""
+    server = running_server()
+    if server is not None and tell not in server.on_prompt_handlers:
+        server.add_on_prompt_handler(tell)
