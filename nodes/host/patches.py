@@ -78,6 +78,8 @@ def origin(patch: Any) -> str:
     patch = getattr(patch, "inject", patch)
     named = patch if hasattr(patch, "__qualname__") else type(patch)
     name, module = named.__qualname__.partition(".")[0], named.__module__
+    if module.startswith(__package__):
+        return "Apply Concept Tokens"
     _, _, pack = module.replace("\\", "/").partition("custom_nodes/")
     known = sys.modules.get("nodes")
     titles = getattr(known, "NODE_DISPLAY_NAME_MAPPINGS", {})

@@ -126,6 +126,27 @@ def test_learning(server: Server, changes: dict[str, Any], message: str) -> None
         server.run(p.b.graph)
 
 
+@pytest.mark.parametrize("node", ["LearnConcepts", "ExtractLatentMasks"])
+def test_a_patch_that_cannot_be_run(server: Server, node: str) -> None:
+    """The message names the nodes whose patches are on the MODEL, and says where to connect ours."""
+    p = learning()
+    free = p.b.add("FreeU_V2", model=p.model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)
+    broken = p.b.add("TestBrokenPatch", model=free)
+    scene = {"image": p.scene, "prompt": p.scene[1]}
+    given = {"clip": p.model[1], "vae": p.model[2]}
+    if node == "LearnConcepts":
+        p.b.graph[p.learn.id]["inputs"]["model"] = [broken.id, 0]
+        found = p.learn
+    else:
+        found = p.b.add(node, model=broken, **given, **scene)
+    p.b.add("TestDump", value=found[1], name="never")
+    with pytest.raises(Failed, match=r"my_sampler.*FreeU_V2, TestBrokenPatch \(helpers\)") as error:
+        server.run(p.b.graph)
+    assert error.value.node == node
+    title = {"LearnConcepts": "Learn Concepts", "ExtractLatentMasks": "Extract Latent Masks"}[node]
+    assert f"from before such a node to {title}" in error.value.message
+
+
 def test_a_word_that_the_demo_model_does_not_know(server: Server) -> None:
     b = Builder()
     model = b.add("LoadDemoModel")

@@ -133,6 +133,21 @@ class TestStockClip:
         return (stock,)
 
 
+class TestBrokenPatch:
+    """A patch that relies on what only its own sampler brings, and fails without it."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        patched = model.clone()
+        patched.set_model_attn2_patch(lambda n, context, value, options: options["my_sampler"])
+        return (patched,)
+
+
 class TestOutOfMemory:
     """A patch that reports exhausted memory while gradients are on and the batch is above a limit."""
 
@@ -229,6 +244,7 @@ NODE_CLASS_MAPPINGS = {
         TestModelHash,
         TestAttentionPatch,
         TestStockClip,
+        TestBrokenPatch,
         TestOutOfMemory,
         TestUnreadable,
         TestSlow,
