@@ -42,10 +42,10 @@ def lonely_output(graph: Graph, name: str) -> str | None:
         for value in links(node)
         if str(value[0]) == name and value[1] in (MODEL, CLIP)
     }
-    if used == {CLIP}:
+    if used == {CLIP} and needs_model(graph, graph[name].get("inputs", {})):
         return (
             "Only the CLIP of this node is connected. Connect its MODEL to the sampler too: without it, "
-            "masks and weights that were learned with the concepts do not act."
+            "masks do not act, nor do weights that were learned with the concepts."
         )
     if used == {MODEL}:
         return (
@@ -53,6 +53,21 @@ def lonely_output(graph: Graph, name: str) -> str | None:
             "no prompt knows the concepts."
         )
     return None
+
+
+def needs_model(graph: Graph, inputs: Mapping[str, Any]) -> bool:
+    """Return whether an ApplyConceptTokens may change the MODEL: by masks or by learned weights."""
+    if isinstance(inputs.get("masks"), list):
+        return True
+    source = inputs.get("concepts")
+    node = graph.get(str(source[0]), {}) if isinstance(source, list) else {}
+    told = node.get("inputs", {})
+    if node.get("class_type") == "LearnConcepts":
+        return bool(told.get("joint") != "none")
+    if node.get("class_type") == "LoadConcepts":
+        concepts = concepts_in_file(str(told.get("name")))
+        return concepts is None or bool(concepts.weights)
+    return True
 
 
 def unapplied_mark(graph: Graph, name: str) -> str | None:
@@ -118,7 +133,8 @@ def concept_names(graph: Graph) -> set[str] | None:
         if kind == EXAMPLE:
             names |= names_in(inputs["prompt"])
         if kind == "LoadConcepts":
-            names |= names_in_file(str(inputs.get("name")))
+            concepts = concepts_in_file(str(inputs.get("name")))
+            names |= set(concepts.names) if concepts else set()
     return names
 
 
@@ -129,12 +145,13 @@ def names_in(prompt: str) -> set[str]:
         return set()
 
 
-def names_in_file(name: str) -> set[str]:
+def concepts_in_file(name: str) -> ConceptSet | None:
+    """Return what a concept file holds, or None if it cannot be read, which is said when it is loaded."""
     path = folder_paths.get_full_path(KIND, name)
     try:
-        return set(ConceptSet.load(path).names) if path else set()
+        return ConceptSet.load(path) if path else None
     except UserError:
-        return set()
+        return None
 
 
 def tell(request: dict[str, Any]) -> dict[str, Any]:

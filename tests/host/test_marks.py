@@ -149,8 +149,10 @@ def test_told_on_the_nodes_of_a_queued_graph(comfyui: Path, server: Server) -> N
     stock = p.b.add("TestStockClip", clip=p.model[1])
     forgotten = p.b.add("CLIPTextEncode", clip=stock, text="a photo of <rex> and <other>")
     p.b.add("TestDump", value=forgotten, name="forgotten")
-    clip_only, model_only, both = applied(p), applied(p), applied(p)
+    clip_only, tokens_only, model_only, both = (applied(p) for _ in range(4))
+    p.b.graph[clip_only.id]["inputs"]["masks"] = [p.scene.id, 2]
     encoding(clip_only[1], p.b, "a photo of <rex>")
+    encoding(tokens_only[1], p.b, "a photo of <rex>", "tokens")
     p.b.add("TestDump", value=model_only, name="model")
     encoding(both[1], p.b, "a photo of <doll>")
     p.b.add("TestDump", value=both, name="both")
