@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..em_core.errors import UserError
 from ..em_core.prompts import LOADERS, MARK, NAME, ConceptPrompt
 from ..em_core.runs.concept_set import ConceptSet
 from .files import KIND
+from .telling import running_server, show_on_node
 
 Graph = Mapping[str, Mapping[str, Any]]
 APPLY, EXAMPLE, OURS = (
@@ -158,13 +158,8 @@ def tell(request: dict[str, Any]) -> dict[str, Any]:
     """Tell what a queued graph shows; it is queued as it is. A handler for ComfyUI's server."""
     for node, text in notices(request.get("prompt") or {}).items():
         logging.warning("Node %s: %s", node, text)
-        running_server().send_progress_text(text, node)
+        show_on_node(text, node)
     return request
-
-
-def running_server() -> Any:
-    """Return ComfyUI's server, or None where its nodes are used without one."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def listen() -> None:

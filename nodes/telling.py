@@ -33,9 +33,14 @@ def told_on_node() -> Iterator[None]:
         yield
 
 
-def show_on_node(text: str) -> None:
-    """Write a text on the running node, if there is a server that runs one."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    running = get_executing_context()
-    if server is not None and running is not None:
-        server.send_progress_text(text, running.node_id)
+def running_server() -> Any:
+    """Return ComfyUI's server, or None where its nodes are used without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def show_on_node(text: str, node: str | None = None) -> None:
+    """Write a text on a node, or on the running one, if there is a server that runs one."""
+    server, running = running_server(), get_executing_context()
+    node = node or (running.node_id if running else None)
+    if server is not None and node is not None:
+        server.send_progress_text(text, node)

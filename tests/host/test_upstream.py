@@ -11,7 +11,7 @@ UPSTREAM = [
 ]  # fmt: skip
 LAYOUT = [
     "written_out", "whole_picture", "once_per_size", "deep_shrink", "areas", "joined", "averaged", "combined",
-    "encoded_by_other_nodes", "two_layouts", "refusals",
+    "encoded_by_other_nodes", "two_layouts", "no_part_of_a_key", "refusals",
 ]  # fmt: skip
 
 

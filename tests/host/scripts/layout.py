@@ -271,6 +271,21 @@ def two_layouts() -> None:
 
 
 @case
+def no_part_of_a_key() -> None:
+    """A run's key tells masks apart, and not what has been encoded and sampled with them."""
+    digest = part("nodes.host.identity").models_digest
+    find = part("nodes.host.families").identify
+
+    def key(masks: dict[str, torch.Tensor], used: bool = False) -> str:
+        model, text = application.apply_concepts(model_, clip, concepts("rex"), 1.0, masks)
+        if used:
+            seen_masks(model, encode(text, "a photo of <rex>"))
+        return str(digest(find(model, clip, vae), []))
+
+    assert key({"rex": LEFT}) == key({"rex": LEFT}, used=True) != key({"rex": TOP})
+
+
+@case
 def refusals() -> None:
     """Tiles and batches of different prompts, in words."""
 
