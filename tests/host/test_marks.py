@@ -124,8 +124,8 @@ def test_embeddings_that_are_no_start(server: Server) -> None:
         ("a photo of <rex:embedding:missing>", "no embedding 'missing'"),
         ("a photo of <rex:embedding:broken>", "no embedding 'broken'"),
         ("a photo of <rex:embedding:narrow>", "got 7"),
-        ("a photo of <rex:star> by embedding:missing", "no embedding 'missing'"),
-        ("a photo of <rex:star> by embedding:narrow, on grass", "got 7"),
+        ("a photo of <rex:star> on embedding:missing", "no embedding 'missing'"),
+        ("a photo of <rex:star> on embedding:narrow, grass", "got 7"),
     ):
         p = from_embedding(prompt)
         p.b.add("TestDump", value=p.learn[3], name="never")
