@@ -107,7 +107,7 @@ def read_attention(
     size, k = finest_size(prepared.layers), len(prepared.names)
     t = host.schedule.draw_times(passes, generator, *settings.timesteps).to(host.device)
     eps = like_noise(prepared.Z0, passes, generator)
-    maps, affinity = [], []
+    maps, affinity, seen = [], [], 0
     batch = 1 if one_time(host) else batch
     for times, noise in zip(t.split(batch), eps.split(batch), strict=True):
         recorder = noisy_pass(host, prepared, conditioning, wanted, times, noise, among)
@@ -115,13 +115,15 @@ def read_attention(
         if recorder.affinity:
             layers = torch.stack(list(recorder.affinity.values()))
             affinity.append(layers.mean(dim=0) * (len(times) / passes))
+            seen += len(times)
     every = torch.cat(maps)
     if not torch.isfinite(every).all():
         raise TrainingError(
             "The model's attention is not finite. Use a smaller learning rate or a wider number type."
         )
     halves = every[::2].mean(dim=0), every[1::2].mean(dim=0) if passes > 1 else every[0]
-    whole = torch.stack(affinity).sum(dim=0) if affinity else None
+    # A patch may have taken a layer's own pixels from it in some of the passes.
+    whole = torch.stack(affinity).sum(dim=0) * (passes / seen) if affinity else None
     return Reading(every.mean(dim=0), halves, whole)
 
 

@@ -12,7 +12,7 @@ from em_core.errors import UserError
 from em_core.examples import Example
 from em_core.masks.settings import MaskSettings
 from em_core.method.m_step import draw, m_step
-from em_core.method.maps import average_maps
+from em_core.method.maps import read_attention
 from em_core.method.problem import Problem, prepare
 from em_core.method.start import initialise
 from em_core.model.protocol import Conditioning
@@ -98,17 +98,19 @@ def test_one_time_where_the_host_asks_for_it() -> None:
     plain = host.predict
     host.predict = lambda Z, t, c: seen.append(t.tolist()) or plain(Z, t, c)  # type: ignore[assignment,func-returns-value]
     host.one_time = True  # type: ignore[attr-defined]
-    times = [draw(problem, torch.Generator().manual_seed(seed)).t.tolist() for seed in range(20)]
+    state = initialise(problem)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(20)]
+    times = [draw(problem, state, generator).t.tolist() for generator in seeds]
     assert all(len(t) == 3 and len(set(t)) == 1 for t in times)
     assert min(t[0] for t in times) < 0.3 and max(t[0] for t in times) > 0.7
     (prepared,) = problem.pictures
     vectors = {
         c.name: host.initial_vectors(c.words, 1, torch.Generator()) for c in problem.concepts
     }
-    given = host.encode_prompts([prepared.example.prompt], vectors)
-    arguments = (host, prepared, given, problem.settings.masks, 5)
-    one_by_one = average_maps(*arguments, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    arguments = (host, prepared, vectors, problem.settings.masks, 5)
+    seen.clear()
+    one_by_one = read_attention(*arguments, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     assert [len(t) for t in seen] == [1] * 5
     host.one_time = False  # type: ignore[attr-defined]
-    together = average_maps(*arguments, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-    torch.testing.assert_close(one_by_one, together)
+    together = read_attention(*arguments, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    torch.testing.assert_close(one_by_one.maps, together.maps)
