@@ -13,7 +13,8 @@
 - `learning(host, examples)` is the same step by step: iterate over it for events, then ask it for
   `concepts()`.
 - `find_masks(host, picture, prompt, concepts)` finds masks of words or learned concepts without
-  learning anything; `refine_masks(picture, masks)` makes masks follow the picture's edges.
+  learning anything; `discover(host, picture)` finds what is there without a word, and the prompt to
+  learn it with; `refine_masks(picture, masks)` makes masks follow the picture's edges.
   `read_picture(path)` and `read_mask(path)` read files as these take them.
 - `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
   (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
@@ -35,7 +36,7 @@ from .pictures import read_mask, read_picture
 from .presets import em_settings, joint_settings
 from .prompts import ConceptPrompt
 from .runs.concept_set import ConceptSet
-from .runs.finding import FoundMasks, find_masks, refine_masks
+from .runs.finding import FoundMasks, discover, find_masks, refine_masks
 from .runs.learning import Learning, learn_concepts, learning
 from .runs.store import RunStore
 from .settings import EMSettings, JointSettings
@@ -56,6 +57,7 @@ __all__ = [
     "StoreWarning",
     "TrainingError",
     "UserError",
+    "discover",
     "em_settings",
     "find_masks",
     "joint_settings",

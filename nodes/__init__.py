@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyConceptTokens
 from .demo import DemoScene, LoadDemoModel
+from .discover import DiscoverConcepts
 from .examples import ConceptExample
 from .extract import ExtractLatentMasks
 from .files import LoadConcepts, SaveConcepts
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptExample,
     LearnConcepts,
     ExtractLatentMasks,
+    DiscoverConcepts,
     RefineCRF,
     ApplyConceptTokens,
     SaveConcepts,

@@ -1,6 +1,7 @@
 """`python -m em_core masks`: find words or learned concepts in a picture."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
 from ..runs.finding import find_masks
 from ..show.drawing import overlay
+from ..show.words import say_missing
 from .common import add_model, load_host, positive, require_folder
 
 EXAMPLE = """examples:
@@ -85,6 +87,8 @@ def run_command(args: argparse.Namespace) -> int:
         save_mask(args.out / f"mask_{name}.png", mask)
         save_image(args.out / f"heat_{name}.png", to_image(glow[None]))
     save_image(args.out / "overlay.png", overlay(picture, found.masks))
+    if found.missing:
+        sys.stderr.write(say_missing(dict.fromkeys(found.missing, (1,)), 1) + "\n")
     return 0
 
 

@@ -13,7 +13,7 @@ SNAPSHOT = Path(__file__).parent / "schema.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IDS = {
     "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
-    "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks",
+    "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
 }  # fmt: skip
 
 
