@@ -18,6 +18,8 @@ from ..model.protocol import DiffusionModel
 from ..prompts import Concept, merge_concepts
 from ..settings import EMSettings, JointSettings
 
+LEAST_SPREAD = 1 / 255
+"""Range of values in 0..1 that a picture must have in some channel."""
 Latent = Float[Tensor, "1 c h w"]
 
 
@@ -97,8 +99,18 @@ def prepare_picture(
     side: int | None = None,
     flip: bool = False,
 ) -> Prepared:
-    """One example, resized to about `side`^2 pixels (None: the model's own) and encoded."""
+    """One example, resized to about `side`^2 pixels (None: the model's own) and encoded.
+
+    Raises:
+        UserError: the picture has one colour only.
+    """
     height, width = example.picture.shape[-2:]
+    spread = example.picture.amax(dim=(1, 2)) - example.picture.amin(dim=(1, 2))
+    if float(spread.max()) < LEAST_SPREAD:
+        raise UserError(
+            "The picture has one colour only, so there is nothing to find in it. Check that the right "
+            "picture is connected."
+        )
     size = fitted_size(height, width, side or host.image_side, host.image_multiple)
     picture = resize(example.picture, size, "picture").to(host.device)
     Z0 = encode(host, picture)
