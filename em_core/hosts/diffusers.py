@@ -34,6 +34,7 @@ from ..model.schedules import NoiseSchedule, VariancePreserving
 from ..model.vectors import random_vectors, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors, embedding_name, require_known
 from ..runs.concept_set import ConceptSet
+from ..runs.digest import Digest
 from ..settings import WeightKind
 from .loading import load_pipeline, require_plain_model, torch_device
 
@@ -69,6 +70,16 @@ def attention_layers(unet: Any, latent_size: Size, kind: str = CROSS) -> tuple[A
         layer = AttentionLayer(name, halved(latent_size, level), localises=stage != "mid")
         layers[stage].append(layer)
     return (*layers["down"], *layers["mid"], *layers["up"])
+
+
+def dict_of(config: Any) -> dict[str, Any]:
+    """Return the configuration of a module of diffusers or transformers."""
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def is_about_files(name: str) -> bool:
+    """Return whether an entry of a configuration says where it came from, not what it does."""
+    return name.startswith("_") or name in ("transformers_version", "architectures")
 
 
 class DiffusersHost:
@@ -286,6 +297,16 @@ class DiffusersHost:
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
         return ModelIdentity.of_weights(family, {self.encoder: width}, self.named_weights())
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that acts in the pipeline: weights, configurations and vocabulary."""
+        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        digest = Digest()
+        for name, module in parts.items():
+            config = json.loads(json.dumps(dict_of(module.config), default=str))
+            digest.add([name, {k: x for k, x in sorted(config.items()) if not is_about_files(k)}])
+            digest.add(dict(sorted(module.named_parameters())))
+        return digest.add(sorted(self.pipeline.tokenizer.get_vocab().items())).hexdigest()
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:

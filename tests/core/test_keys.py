@@ -1,6 +1,7 @@
 """A run's key: all that acts is in it, and nothing else; true masks are only compared with."""
 
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from em_core.method.state import RunState
 from em_core.model.schedules import VariancePreserving
 from em_core.prompts import ConceptPrompt
 from em_core.runs import key
-from em_core.runs.key import pack_digest, run_key
+from em_core.runs.key import model_digest, pack_digest, run_key
 from em_core.runs.truth import without_iou
 
 PROMPT = "a photo of <rex:star> and <doll:circle> on grass"
@@ -86,6 +87,27 @@ def test_masks_that_are_only_compared_with_do_not_act(example: Example, short: E
     assert run_key("m", [masked], given, JOINT) == run_key(
         "m", [replace(masked, truth=example.truth)], given, JOINT
     )
+
+
+def test_the_digest_of_a_model_depends_on_all_of_it(host: DiffusersHost) -> None:
+    """What it predicts, its schedule, and any weight, wherever the change is."""
+    same, before = copy(host), model_digest(host)
+    assert model_digest(same) == before
+    alphas = host.schedule.alphas_cumprod  # type: ignore[attr-defined]
+    same.schedule = VariancePreserving(alphas, "v_prediction")
+    other = copy(host)
+    other.schedule = VariancePreserving(alphas * 0.999, "epsilon")
+    digests = {before, model_digest(same), model_digest(other)}
+    assert len(digests) == 3
+    for module in (host.unet, host.vae, host.text_encoder):
+        weight = next(module.parameters()).data.view(-1)
+        kept = weight[0].clone()
+        try:
+            weight[0] += 1e-3
+            digests.add(model_digest(host))
+        finally:
+            weight[0] = kept
+    assert len(digests) == 6 and model_digest(host) == before
 
 
 def test_the_packs_sources_are_part_of_the_key(
