@@ -93,3 +93,6 @@ def acting_sources(core: Path) -> list[Path]:
     if (core.parent / "pyproject.toml").is_file():  # a checkout, or a folder of ComfyUI
         files += [f for part in IN_NODES for f in (core.parent / "nodes" / part).rglob("*.py")]
     return sorted(files, key=lambda file: file.relative_to(core.parent).as_posix())
+
+
+pack_digest()  # of the code that is loaded, not of what may have replaced it by the first run

@@ -38,10 +38,10 @@ class RunStore:
         """Return the path at which the result of a finished run is kept."""
         return self.folder / f"{key}{CONCEPTS}"
 
-    def finished(self, key: str, examples: Sequence[Example] = ()) -> ConceptSet | None:
-        """Return the result of a finished run, with the IoU of these examples' true masks, or None.
+    def finished(self, key: str, examples: Sequence[Example] | None = None) -> ConceptSet | None:
+        """Return the result of a finished run, or None; a damaged file is deleted and counts as none.
 
-        A damaged file is deleted and counts as none.
+        Its IoU is that with the true masks of `examples`, or of the run's own if there are none given.
         """
         file = self.concepts_file(key)
         if not os.path.isfile(file):
@@ -54,7 +54,7 @@ class RunStore:
             return None
         with suppress(OSError):  # only the order of deletion depends on it
             os.utime(file)
-        return found.compared(examples)
+        return found if examples is None else found.compared(examples)
 
     def keep(self, key: str, concepts: ConceptSet) -> None:
         """Store the result of a finished run and delete its state, or warn that this failed."""

@@ -1,6 +1,6 @@
 """A digest of a graph's models and of all that acts on them; it identifies the model in a run's key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from .text import tokenize
 
 ACTING = ("object_patches", "weight_wrapper_patches", "wrappers", "callbacks", "injections", "attachments",
           "additional_models")  # fmt: skip
+# How the model is run: on which cards, and compiled or not.
+NOT_ACTING = frozenset({"multigpu_clones", "torch.compile", "torch_compile_kwargs"})
 # ComfyUI's notes on a model's layers: how they are loaded just now, not what they compute.
 BOOKKEEPING = frozenset({
     "comfy_cast_weights", "prev_comfy_cast_weights", "comfy_force_cast_weights", "comfy_patched_weights",
@@ -60,9 +62,10 @@ def text_of(prompt: ConceptPrompt) -> str:
 def patcher_parts(digest: Digest, patcher: Any) -> Parts:
     """A model's weights before any patch, and every patch; not how and where it is loaded."""
     kind = type(patcher)
-    options = {
-        name: value for name, value in patcher.model_options.items() if name != "multigpu_clones"
-    }
+    options = without(patcher.model_options, NOT_ACTING)
+    held = {name: getattr(patcher, name, {}) for name in ACTING}
+    wrappers = {at: without(by_key, NOT_ACTING) for at, by_key in held["wrappers"].items()}
+    held["wrappers"] = {at: by_key for at, by_key in wrappers.items() if by_key}
     patches = sorted(patcher.patches.items(), key=lambda item: str(item[0]))
     return [
         None if kind.__module__.startswith("comfy.") else kind,
@@ -70,8 +73,12 @@ def patcher_parts(digest: Digest, patcher: Any) -> Parts:
         weights_of(patcher.model, patcher.backup),
         *(part for key, given in patches for part in (key, list(given))),
         options,
-        *(part for name in ACTING for part in (name, getattr(patcher, name, {}))),
+        held,
     ]
+
+
+def without(named: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if name not in names}
 
 
 def weights_of(model: Any, backup: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damaged import concept_set
 from equality import differences
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -129,6 +130,15 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr("em_core.runs.store.MOST_FILES", 1)
     store.prune(keep=store.concepts_file("1"))
     assert {f.name for f in tmp_path.iterdir()} == {fresh.name, "1.concepts.safetensors"}
+
+
+def test_what_is_kept_is_found_as_it_was(tmp_path: Path) -> None:
+    """Its IoU curves too, where no other true masks are given to compare with."""
+    store, whole = RunStore(tmp_path), concept_set()
+    whole = replace(whole, curves={**whole.curves, "iou/rex": ((2, 0.5),)})
+    store.keep("key", whole)
+    assert not differences(store.finished("key"), whole)
+    assert store.finished("other") is None
 
 
 # Full and read-only disks

@@ -61,13 +61,11 @@ def test_names_that_differ_only_in_case_do_not_collide(server: Server, overwrite
         return p.b.graph
 
     try:
-        with pytest.raises(
-            Failed, match=r"case_REX\.safetensors, whose name differs only in upper"
-        ):
+        with pytest.raises(Failed, match=r"case_REX\.safetensors.* differs only in upper"):
             server.run(save("case"))
         name = f"own_{overwrite}"
         server.run(save(name))
-        with pytest.raises(Failed, match=rf"{name}\.safetensors, whose name differs only in upper"):
+        with pytest.raises(Failed, match=rf"{name}\.safetensors.* differs only in upper"):
             server.run(save(name.upper()))
     finally:
         (folder / "case_REX.safetensors").unlink()

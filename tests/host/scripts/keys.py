@@ -20,6 +20,7 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_freelunch import FreeU_V2  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete  # noqa: E402
+from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 families, identity = part("nodes.host.families"), part("nodes.host.identity")
@@ -46,6 +47,11 @@ def freed(b1: float) -> Any:
     node = FreeU_V2
     run = node.execute if hasattr(node, "execute") else node().patch
     return first(run(MODEL, b1, 1.4, 0.9, 0.2))
+
+
+def compiled() -> Any:
+    run = getattr(TorchCompileModel, "execute", None) or TorchCompileModel().patch
+    return first(run(MODEL, "inductor"))
 
 
 def first(output: Any) -> Any:
@@ -205,6 +211,7 @@ def check_what_does_not_act() -> None:
     assert key(MODEL.clone(), CLIP.clone()) == plain
     # A patch that sets what the checkpoint has anyway is a patch all the same.
     assert key(predicting("eps")) == key(predicting("eps"))
+    assert key(compiled()) == plain
     assert key(prompt=" a  photo of<rex: old  dog >on\ngrass ") == plain
     patched = lora(0.5)
     before = key(patched), key(predicting("v_prediction"))
