@@ -24,10 +24,12 @@ def agreement(maps: Float[Tensor, "k h w"], masks: Bool[Tensor, "k h w"]) -> Flo
     Of all masks, the one that cuts the map at Otsu's threshold agrees most, whatever its size. It is
     0 for a mask that covers nothing or everything, and for a constant map.
     """
-    x, m = maps.flatten(1).double(), masks.flatten(1).double()
+    # A Mac's device has no float64.
+    x, m = maps.flatten(1).cpu().double(), masks.flatten(1).cpu().double()
     x, m = x - x.mean(dim=1, keepdim=True), m - m.mean(dim=1, keepdim=True)
     scale = x.norm(dim=1) * m.norm(dim=1)
-    return torch.where(scale > 1e-9, (x * m).sum(dim=1) / scale.clamp(min=1e-9), 0.0).float()
+    found = torch.where(scale > 1e-9, (x * m).sum(dim=1) / scale.clamp(min=1e-9), 0.0)
+    return found.float().to(maps.device)
 
 
 def union(masks: Float[Tensor, "b k h w"]) -> Float[Tensor, "b 1 h w"]:

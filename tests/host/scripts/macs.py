@@ -4,28 +4,16 @@ import sys
 from typing import Any
 
 import reduced
-from inside import import_pack, part
+from inside import ROOT, import_pack, part
 
 import_pack()
+sys.path.append(str(ROOT / "tests" / "core"))
 
 import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from no_doubles import NoDoubles  # noqa: E402
 
 families, hosts = part("nodes.host.families"), part("nodes.host.comfy_host")
 settings = part("em_core.settings")
-
-
-class NoDoubles(TorchDispatchMode):
-    """Stands for such a device: refuses whatever makes a float64 tensor."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)):
-            raise TypeError(f"{function} on a device that has no float64")
-        return out
 
 
 class OnMac(torch.Tensor):
