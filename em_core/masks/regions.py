@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from .resizing import Size, resize
 
 FAINT = 0.15
 """Share of a map's maximum below which a region does not look like the concept at all."""
+SPOT = 0.35
+"""Share of a map's maximum from which a spot in the background is a thing."""
 LEAST_CELLS = 2
 """Cells of the smallest region that a concept may be anchored in."""
 
@@ -99,6 +102,37 @@ def find_regions(P: Float[Tensor, "n n"], size: Size, limit: float) -> Int[Tenso
         cost[second], cost[:, second] = infinite, infinite
         count -= 1
     return torch.unique(label, return_inverse=True)[1].reshape(size)
+
+
+def with_spots(
+    labels: Int[Tensor, "h w"], maps: Float[Tensor, "k _h _w"], height: float = SPOT
+) -> Int[Tensor, "h w"]:
+    """Give regions of their own to spots that self-attention has left in the background.
+
+    A thing that looks like its surroundings is no region, but a concept that finds it heats it. Such
+    a spot is a connected part of what some map reaches `height` in; it lies in the largest region and
+    touches no other.
+
+    Args:
+        labels: the regions.
+        maps: attention maps in 0..1, of any size.
+        height: 0..1.
+    """
+    size = (labels.shape[0], labels.shape[1])
+    hot = (resize(maps, size, "map").amax(dim=0) >= height).flatten()
+    flat, touching = labels.flatten().clone(), neighbours(size).to(labels.device)
+    ground = flat.bincount().argmax()
+    left = hot.clone()
+    while bool(left.any()):
+        spot = torch.zeros_like(hot)
+        spot[left.nonzero()[0]] = True
+        while bool((more := touching[spot].any(dim=0) & hot & ~spot).any()):
+            spot |= more
+        left &= ~spot
+        around = touching[spot].any(dim=0) | spot
+        if int(spot.sum()) >= LEAST_CELLS and bool((flat[around] == ground).all()):
+            flat[spot] = flat.max() + 1
+    return flat.reshape(size)
 
 
 def neighbours(size: Size) -> Bool[Tensor, "n n"]:
@@ -184,6 +218,13 @@ def belonging(
     resemblance[concepts, chosen] = torch.inf
     best, owner = resemblance.max(dim=0)
     nobody = best < share
-    other = (owner[None] != concepts[:, None]) | nobody[None]
-    barred = other & (~nobody[None] | (found > FAINT))
-    return 1 - torch.einsum("k r, r h w -> k h w", barred.float(), members)
+    own = (owner[None] == concepts[:, None]) & ~nobody[None]
+    barred = ~own & (~nobody[None] | (found > FAINT))
+    mine, closed = (torch.einsum("k r, r h w -> k h w", x.float(), members) for x in (own, barred))
+    # A thing reaches a little over its region's cells; its rim is barred too where it is not one's own.
+    return 1 - torch.maximum(closed, grown(closed) * (1 - grown(mine)))
+
+
+def grown(cells: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
+    """Cells of 1, and those that touch one of them at a side or a corner."""
+    return F.max_pool2d(cells, 3, stride=1, padding=1)

@@ -70,9 +70,10 @@ def e_step_picture(
     regions = None if picture.regions is None else Regions(picture.regions)
     estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
-    judge = resize(fresh, prepared.size, "map")
-    present = agreement(judge, picture.labels) * picture.found
-    accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
+    if settings.masks.acceptance:
+        judge = resize(fresh, prepared.size, "map")
+        present = agreement(judge, picture.labels) * picture.found
+        accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
     masks, labels = estimate.weights(settings.masks.soft), estimate.masks
     old_masks, old_labels = picture.masks, picture.labels
     if settings.masks.competition:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..examples import stack_masks
 from ..masks.estimate import Estimate, masks_from_maps
-from ..masks.regions import Regions, best_assignment, find_regions
+from ..masks.regions import Regions, best_assignment, find_regions, with_spots
 from ..masks.resizing import resize
 from ..masks.settings import MaskSettings
 from ..masks.thresholds import min_max
@@ -142,6 +142,11 @@ def masks_of_vectors(
     if limit is not None and reading.affinity is not None:
         labels = find_regions(reading.affinity, prepared.self_layers[0].size, limit)
     maps = min_max(reading.maps)
+    if labels is not None:
+        maps = maps.clone()
+        for group in alike:
+            maps[list(group)] = min_max(maps[list(group)].mean(dim=0))
+        labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
     return FirstMasks(maps, estimate, labels)

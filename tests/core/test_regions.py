@@ -17,6 +17,7 @@ from em_core.masks.regions import (
     evidence,
     find_regions,
     neighbours,
+    with_spots,
 )
 from em_core.model.layers import AttentionLayer, region_layers
 from em_core.model.recording import AttentionRecorder
@@ -131,15 +132,15 @@ def test_concepts_that_are_alike_stand_from_left_to_right() -> None:
 def test_a_nameless_thing_is_left_out_and_a_second_part_kept() -> None:
     """The best region, one at 0.7 of it, one at 0.4 of it, and the background."""
     keep = belonging(maps_of((1.0, 0.7, 0.4, 0.05)), Regions(STRIPES), share=0.6)
-    assert torch.equal(keep[0], torch.tensor([1.0, 1.0, 0.0, 1.0])[STRIPES])
+    assert keep[0, 0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1]  # with the rim of what is barred
 
 
 def test_what_another_concept_has_is_barred() -> None:
     """Both look for the first region; the second concept has to go where it fits next best."""
     maps = maps_of((1.0, 0.2, 0.0, 0.0), (1.0, 0.8, 0.0, 0.0))
     keep = belonging(maps, Regions(STRIPES), share=0.6)
-    assert torch.equal(keep[0], torch.tensor([1.0, 0.0, 1.0, 1.0])[STRIPES])
-    assert torch.equal(keep[1], torch.tensor([0.0, 1.0, 1.0, 1.0])[STRIPES])
+    assert keep[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert keep[1, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_fewer_regions_than_concepts_bar_nothing() -> None:
@@ -173,3 +174,29 @@ def test_regions_are_read_from_the_finest_layers_of_32_cells_or_fewer() -> None:
     assert [layer.name for layer in region_layers(layers)] == ["1", "3"]
     inner = [replace(layer, localises=False) for layer in layers]
     assert region_layers(inner) == ()
+
+
+def test_a_spot_in_the_background_becomes_a_region() -> None:
+    """One that is hot, large enough and apart from others; not a rim, a speck, or a faint one."""
+    labels = torch.zeros(6, 8, dtype=torch.long)
+    labels[1:3, 1:3] = 1
+    spot = torch.zeros(2, 6, 8)
+    spot[0, 1:3, 1:4] = 0.9  # region 1 and its rim
+    spot[0, 0, 7] = 0.9  # a speck
+    spot[1, 4:6, 5:7] = 0.5
+    spot[1, 4, 0:2] = 0.2  # faint
+    expected = labels.clone()
+    expected[4:6, 5:7] = 2
+    assert torch.equal(with_spots(labels, spot), expected)
+    assert torch.equal(with_spots(labels, spot[:1]), labels)
+
+
+def test_the_rim_of_what_is_barred_is_barred_but_for_ones_own() -> None:
+    """Two regions of 2x2 cells, one column apart; the other concept's rim ends where one's own begins."""
+    labels = torch.zeros(4, 7, dtype=torch.long)
+    labels[1:3, 1:3], labels[1:3, 4:6] = 1, 2
+    maps = torch.stack([(labels == 1).float(), (labels == 2).float()])
+    keep = belonging(maps, Regions(labels), 0.6)[0]
+    expected = torch.ones(4, 7)
+    expected[:, 4:7] = 0
+    assert torch.equal(keep, expected)
