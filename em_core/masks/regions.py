@@ -81,11 +81,12 @@ def find_regions(P: Float[Tensor, "n n"], size: Size, limit: float) -> Int[Tenso
         The region of each cell, numbered in the order of their first cells.
     """
     count = size[0] * size[1]
-    total = divergence(P.float()).double()
-    touching = neighbours(size).to(P.device)
-    cells = torch.ones(count, dtype=torch.float64, device=P.device)
-    label = torch.arange(count, device=P.device)
-    infinite = torch.tensor(torch.inf, dtype=torch.float64, device=P.device)
+    # On the CPU: a Mac's device has no float64, and each merge is read before the next.
+    total = divergence(P.float()).cpu().double()
+    touching = neighbours(size)
+    cells = torch.ones_like(total[0])
+    label = torch.arange(count)
+    infinite = total.new_full((), torch.inf)
     cost = torch.where(touching, total, infinite)
     while count > 1:
         first, second = divmod(int(cost.argmin()), len(cost))
@@ -101,7 +102,7 @@ def find_regions(P: Float[Tensor, "n n"], size: Size, limit: float) -> Int[Tenso
         cost[first], cost[:, first] = mean, mean
         cost[second], cost[:, second] = infinite, infinite
         count -= 1
-    return torch.unique(label, return_inverse=True)[1].reshape(size)
+    return torch.unique(label, return_inverse=True)[1].reshape(size).to(P.device)
 
 
 def with_spots(
