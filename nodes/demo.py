@@ -69,7 +69,7 @@ class DemoScene(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=["A", "B", "C", "D", "E", "F", "G", "I"],
+                    options=["A", "B", "C", "D", "E", "F", "G", "I", "J"],
                     default="A",
                     tooltip="What is in the picture. A: two new combinations of known looks. B: new colours and "
                     "patterns. C: new shapes, both called by one vague word. D: the same without words. E: two of "

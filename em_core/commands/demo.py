@@ -31,8 +31,8 @@ from ..show.metrics import final_iou, metrics
 from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, load_host, require_folder
 
-SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I")  # in one picture
-SEED, SET = 3, "A"
+SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
+SEED, SET = 3, "J"
 SCALE = 3
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
@@ -62,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--set",
         choices=SETS_OF_SEVERAL,
         default=SET,
-        help="A: new combinations, B: new looks, C: new shapes (default: %(default)s)",
+        help="which of the sets of `scene` (default: %(default)s, two of a kind and a bystander)",
     )
     parser.set_defaults(run=run_command)
 
@@ -162,7 +162,7 @@ def table(state: RunState, fixed: RunState, out: Path, seconds: float) -> str:
     start = {name: points[0][1] for name, points in state.curves.items() if name.startswith("iou/")}
     lines = [
         "",
-        "mask IoU (mean over the two concepts)",
+        "mask IoU (mean over the concepts)",
         f"  at the start       {sum(start.values()) / len(start):.3f}",
         f"  with fixed masks   {final_iou(fixed.curves):.3f}",
         f"  with EM            {final_iou(state.curves):.3f}",

@@ -12,7 +12,8 @@ Render a 64 x 64 picture of objects that the demo model has not seen, with their
 A: two new combinations of known shapes, colours and patterns. B: two known shapes in new colours
 and new patterns. C: two new shapes, both called by one generic word. D: the scenes of C, without
 words. E: two of a kind. F: four concepts. G: clutter, some of it not named. H: two pictures with a
-concept in common. I: two objects that touch, and the background as a concept.
+concept in common. I: two objects that touch, and the background as a concept. J: two of a kind, and
+a bystander that is not named.
 The same seed gives the same scene.
 
 Writes image.png, mask_<concept>.png (white where the concept is visible) and prompt.txt; for set H

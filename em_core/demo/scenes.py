@@ -23,14 +23,14 @@ from .placing import APART, CLOSE, place
 from .rendering import SIZE, SceneObject, render
 
 MOST_OBJECTS = 5
-SETS = ("A", "B", "C", "D", "E", "F", "G", "H", "I")
+SETS = ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J")
 # Sets whose words do not tell their concepts apart: masks are right under either assignment.
-ALIKE = ("C", "D", "E")
+ALIKE = ("C", "D", "E", "J")
 CONCEPT_NAMES = ("rex", "doll", "kit", "bob")
 GROUND_NAME = "place"
 _TRAINING_STREAM, _CONCEPT_STREAM = 1, 2
 # D is C without words, so both draw from one stream.
-_STREAMS = {"A": 0, "B": 1, "C": 2, "D": 2, "E": 3, "F": 4, "G": 5, "H": 6, "I": 7}
+_STREAMS = {"A": 0, "B": 1, "C": 2, "D": 2, "E": 3, "F": 4, "G": 5, "H": 6, "I": 7, "J": 8}
 # Shares of training scenes with one to five objects, and the least and largest radius there.
 _COUNTS = (0.2, 0.3, 0.22, 0.16, 0.12)
 _TRAINING_RADII = ((10.0, 17.0), (9.5, 15.0), (8.5, 12.5), (8.0, 11.0), (7.5, 9.5))
@@ -162,7 +162,8 @@ def concept_scene(seed: int, set: str = "A") -> ConceptScene:
     called by one generic word. D: the scenes of C, without words. E: two of a kind, in different
     colours and patterns. F: four concepts. G: three or four objects, one or two of them named.
     H: two pictures with a concept in common and a companion each. I: two objects that touch or
-    overlap, and the background as a concept of its own.
+    overlap, and the background as a concept of its own. J: two of a kind, and a bystander that is not
+    named.
 
     Where the words tell nothing apart (`ALIKE`), the prompt names the concepts from left to right;
     elsewhere in random order. Raises UserError for an unknown set or a negative seed.
@@ -202,6 +203,15 @@ def _two_of_a_kind(rng: Generator) -> Pictures:
     others = [each for each in _new_looks() if _shared(each, first) == (True, False, False)]
     scene = _draw([first, _pick(others, rng)], rng)
     return (_name(scene, _left_to_right(scene)),)
+
+
+def _two_of_a_kind_and_another(rng: Generator) -> Pictures:
+    first, bystander = _different(_new_looks(), 2, rng)
+    others = [each for each in _new_looks() if _shared(each, first) == (True, False, False)]
+    second = _pick([each for each in others if not any(_shared(each, bystander))], rng)
+    scene = _draw([first, second, bystander], rng, _GROUP_RADII)
+    pair = [i for i in _left_to_right(scene) if scene.objects[i].shape == first[0]]
+    return (_name(scene, pair),)
 
 
 def _four(rng: Generator) -> Pictures:
@@ -248,6 +258,7 @@ _RECIPES: dict[str, Callable[[Generator], Pictures]] = {
     "G": _clutter,
     "H": _two_pictures,
     "I": _touching_pair,
+    "J": _two_of_a_kind_and_another,
 }
 
 

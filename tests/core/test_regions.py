@@ -132,7 +132,20 @@ def test_concepts_that_are_alike_stand_from_left_to_right() -> None:
 def test_a_nameless_thing_is_left_out_and_a_second_part_kept() -> None:
     """The best region, one at 0.7 of it, one at 0.4 of it, and the background."""
     keep = belonging(maps_of((1.0, 0.7, 0.4, 0.05)), Regions(STRIPES), share=0.6)
-    assert keep[0, 0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1]  # with the rim of what is barred
+    assert keep[0, 0].tolist() == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]  # with the rim of what is barred
 
 
 def test_what_another_concept_has_is_barred() -> None:

@@ -212,6 +212,18 @@ def test_new_shapes_share_one_generic_word_and_set_d_has_none():
     assert words == set(vocabulary.GENERICS)
 
 
+def test_a_bystander_shares_nothing_with_two_of_a_kind_and_is_not_named():
+    for picture in _each("J"):
+        pair = [picture.objects[i] for i in picture.meant.values()]
+        (other,) = (
+            each for i, each in enumerate(picture.objects) if i not in picture.meant.values()
+        )
+        assert pair[0].shape == pair[1].shape
+        for part in ("colour", "pattern"):
+            assert len({getattr(each, part) for each in (*pair, other)}) == 3
+        assert other.shape != pair[0].shape
+
+
 def test_two_of_a_kind_differ_in_colour_and_pattern_only():
     for picture in _each("E"):
         one, other = picture.objects
@@ -258,8 +270,8 @@ def test_a_scene_of_several_pictures_has_no_single_image():
 
 
 def test_bad_sets_and_seeds_are_refused():
-    with pytest.raises(ValueError, match="H, I, got 'J'"):
-        concept_scene(0, "J")
+    with pytest.raises(ValueError, match="I, J, got 'K'"):
+        concept_scene(0, "K")
     with pytest.raises(ValueError, match="0 or more, got -1"):
         concept_scene(-1)
 
@@ -302,6 +314,7 @@ PROMPTS_OF_SEED_0 = {
         "a photo of <rex:circle> and <kit:ring> on sand",
     ],
     "I": ["a photo of <rex:star> and <doll:ring> on <place:wood>"],
+    "J": ["a photo of <rex:heart> and <doll:heart> on grass"],
 }
 STAR, CIRCLE, RING = LOOKS = [
     ("star", "red", "striped"),
