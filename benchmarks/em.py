@@ -6,8 +6,9 @@ Runs are appended to results/em_runs.jsonl and never repeated. em_table.py makes
 them, also before all are there: each scene is run in every case before the next one, `em` first.
 Scenes 1000 and up are for this benchmark alone; methods are tuned on others.
 
-The cases are the demo world's sets A to I; `one`, two things of which one is named; and `absent`, a
-name of something that the picture does not show. A row has the IoU of every concept at the start and
+The cases are the demo world's sets A to I; `one`, two things of which one is named; `discover`, the
+things of A, B, C, E, F and G without a word; and `absent`, a name of something that the picture does not
+show. A row has the IoU of every concept at the start and
 after each round, in the prompt's order (`given`) and by the better assignment (`best`). A run that
 finds nothing at all has IoU 0; where a run says that one of several concepts is missing, its mask counts
 as it stands. What `fixed` masks give is the first value of `em`.
@@ -24,11 +25,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
-from em_core.demo.scenes import SETS, concept_scene
+from em_core.demo.rendering import render
+from em_core.demo.scenes import concept_scene
 from em_core.demo.vocabulary import SHAPES
 from em_core.errors import UserError
 from em_core.examples import Example
@@ -42,11 +45,13 @@ from em_core.method.start import initialise
 from em_core.method.state import RunState
 from em_core.presets import em_settings, literal
 from em_core.prompts import ConceptPrompt
+from em_core.runs.finding import discover
 from em_core.runs.runner import run
 from em_core.settings import EMSettings
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SCENE = 1000
+SETS, DISCOVER_SETS = "ABCDEFGHI", "ABCEFG"
 ABSENT, ABSENT_SETS = "absent", "ABCDEF"
 Row = dict[str, Any]
 Task = tuple[str, int, int, str]
@@ -200,6 +205,34 @@ def said_missing(task: Task) -> Row:
     return {"set": ABSENT_SETS[scene % len(ABSENT_SETS)], "names": names, "missing": missing}
 
 
+def discovered(task: Task) -> Row:
+    """How many things are found without a word, and their IoU by the better assignment.
+
+    A thing that is not found counts 0; one that is found and is not there shows in the count alone.
+    """
+    _, scene, seed, _ = task
+    number, place = divmod(scene, len(DISCOVER_SETS))
+    scene_of = concept_scene(FIRST_SCENE + number, DISCOVER_SETS[place]).only
+    truth = torch.from_numpy(render(scene_of.objects, np.zeros((64, 64, 3), np.float32))[1])
+    try:
+        masks = discover(demo_host(), example_of(scene_of).picture, seed=100 * scene + seed)[
+            1
+        ].masks
+    except UserError:
+        masks = truth[:0]
+    each = (
+        torch.stack([iou(truth, mask.expand_as(truth)) for mask in masks]).T if len(masks) else None
+    )
+    found = torch.zeros(len(truth))
+    if each is not None:
+        rows = best_assignment(each.T) if len(masks) <= len(truth) else best_assignment(each)
+        pairs = zip(rows, range(len(masks))) if len(masks) <= len(truth) else enumerate(rows)  # noqa: B905
+        for thing, mask in pairs:
+            found[thing] = each[thing, mask]
+    best = [[round(value, 4) for value in found.tolist()]]
+    return {"set": DISCOVER_SETS[place], "things": len(truth), "count": len(masks), "best": best}
+
+
 @dataclass(frozen=True)
 class Case:
     """What is run on a scene.
@@ -215,10 +248,10 @@ class Case:
     parts: int = 1
 
 
-# A further case, such as `discover`, is a function from a task to its row, entered here.
 CASES: dict[str, Case] = {
     **{set_: Case(partial(learned, partial(of_set, set_))) for set_ in SETS},
     "one": Case(partial(learned, one_name)),
+    "discover": Case(discovered, {"discover": 1}, parts=len(DISCOVER_SETS)),
     "absent": Case(said_missing, {"alone": 2, "added": 2}, parts=len(ABSENT_SETS)),
 }
 

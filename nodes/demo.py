@@ -74,7 +74,7 @@ class DemoScene(io.ComfyNode):
                     tooltip="What is in the picture. A: two new combinations of known looks. B: new colours and "
                     "patterns. C: new shapes, both called by one vague word. D: the same without words. E: two of "
                     "a kind. F: four concepts. G: clutter, some of it not named. I: two objects that touch, and "
-                    "the background as a concept.",
+                    "the background as a concept. J: two of a kind, and a bystander that is not named.",
                 ),
             ],
             outputs=[
