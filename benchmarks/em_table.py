@@ -9,7 +9,7 @@ how many scenes it is from, so the table can be made before all runs are there.
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ MEANS = {"A": 0.94, "B": 0.92, "C": 0.88, "D": 0.88, "E": 0.85, "F": 0.93, "G": 
 MEANS |= {"I": 0.88, "one": 0.88}
 LOST = {"A, B, H": 1} | {case: 2 for case in (*"CDEFGI", "one")}
 LOW, GAIN, FALL, IS_LOST, REPORTED, FALSE = 0.80, 0.05, 0.005, 0.3, 0.90, 0.02
+COUNTED, SEEN = 0.80, 0.85
 Run = tuple[str, int, int]
 Runs = dict[Run, float]
 Interval = tuple[float, float, int]
@@ -222,8 +223,22 @@ def aims(rows: list[Row]) -> list[str]:
     alarms = false_alarms(rows, "em", 0)
     well = bool(alarms) and bool(np.mean(alarms) <= FALSE)
     add("false alarms", "A to F", f"<= {FALSE:.0%}", share(alarms), well)
-    # The aims of `discover` go here.
+    discovered(rows, add)
     return markdown(("aim", "case", "aimed at", "found", "reached"), lines)
+
+
+def discovered(rows: list[Row], add: Callable[[str, str, str, str, bool], None]) -> None:
+    """The aims of finding things without a word: by set, and all together."""
+    rows = [row for row in rows if row["case"] == "discover"]
+    for set_ in (*sorted({row["set"] for row in rows}), ""):
+        found = [row for row in rows if set_ in ("", row["set"])]
+        right = [row["count"] == row["things"] for row in found]
+        where = f"set {set_}" if set_ else "all sets"
+        well = bool(right) and bool(np.mean(right) >= COUNTED)
+        add("discover: number right", where, f">= {COUNTED:.0%}", share(right), well)
+        each = {(set_, row["scene"], row["seed"]): float(np.mean(row["best"][-1])) for row in found}
+        mean = interval(each)
+        add("discover: mean IoU", where, f">= {SEEN:.2f}", shown(mean), mean[0] >= SEEN)
 
 
 def curves(rows: list[Row], case: str) -> NDArray[np.float64]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from warnings import warn
 
 import torch
 from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..em_core.errors import UserError
+from ..em_core.errors import Notice, UserError
 from ..em_core.masks.resizing import resize
 from ..em_core.masks.settings import MaskSettings
 from ..em_core.pictures import Picture
@@ -18,6 +19,7 @@ from ..em_core.presets import em_settings
 from ..em_core.prompts import ConceptPrompt
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.finding import find_masks
+from ..em_core.show.words import say_missing
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
 from .host.families import identify
@@ -25,6 +27,7 @@ from .learn import AUTO
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
 from .schema import ADVANCED, Concepts, schema
+from .telling import told_on_node
 
 EXAMPLE = "a photo of <cat:cat> on <sofa:sofa>"
 WARM = (1.0, 0.55, 0.1)
@@ -121,6 +124,11 @@ class ExtractLatentMasks(io.ComfyNode):
             ]
         finally:
             host.release()
+        with told_on_node():
+            for number, result in enumerate(results, start=1):
+                if result.missing:
+                    numbers = dict.fromkeys(result.missing, (number,))
+                    warn(say_missing(numbers, len(results)), Notice, stacklevel=2)
         pairs = zip(pictures, results, strict=True)
         heat = torch.cat([heat_maps(picture, result.maps) for picture, result in pairs])
         return io.NodeOutput(to_mask([result.masks for result in results]), heat)

@@ -277,3 +277,29 @@ def test_text_to_mask(server: Server) -> None:
     server.run(b.graph)
     assert server.dumped("heat")["x"].shape == (2, 64, 64, 3)
     assert server.dumped("found_iou")["x"] > server.dumped("chance_iou")["x"]
+
+
+def test_discover(server: Server) -> None:
+    """Two things without a word: their number, their masks from left to right, and their prompt."""
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="D")
+    found = b.add("DiscoverConcepts", model=model, clip=model[1], vae=model[2], image=scene)
+    compare = b.add("CompareMasks", mask=found[1], reference=scene[2])
+    b.add("TestDump", value=compare[1], name="discovered_iou")
+    b.add("TestDump", value=found[1], name="discovered_masks")
+    b.add("TestModelHash", model=model, clip=model[1], after=found)
+    shown = b.add("PreviewAny", source=found[0])
+    run = server.run(b.graph)
+    assert texts(run, shown.id) == "a photo of <concept1> and <concept2>"
+    assert server.dumped("discovered_masks")["x"].shape == (2, 64, 64)
+    assert server.dumped("discovered_iou")["x"] > 0.7
+
+
+def test_discover_takes_one_picture(server: Server) -> None:
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="D")
+    two = b.add("RepeatImageBatch", image=scene, amount=2)
+    found = b.add("DiscoverConcepts", model=model, clip=model[1], vae=model[2], image=two)
+    b.add("TestDump", value=found[1], name="unreached")
+    with pytest.raises(Failed, match="Expected one picture, got a batch of 2"):
+        server.run(b.graph)
