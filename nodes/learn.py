@@ -199,10 +199,11 @@ def main_inputs() -> list[Any]:
             "memory",
             options=CHOICES,
             default="auto",
-            tooltip="How much memory the graphics card has; auto finds out. 24 GB: full precision (float32), "
-            "every joint phase, at most 8 samples per step. 12 GB: half precision (bfloat16), tokens and LoRA "
-            "only, at most 4 samples per step. 8 GB: like 12 GB but slower, as it computes activations twice "
-            "to save memory, and 1 sample per step.",
+            tooltip="How to spend the graphics card's memory. auto goes by what is free and by what the run "
+            "needs, and says on the node what it chose. half: half precision (bfloat16 where the card has it), "
+            "for tokens and LoRA. recomputing: slower, computes activations twice to save memory. fp8: the "
+            "model's weights rest in 8 bits, the least memory. float32: full precision, which cross_attention "
+            "and full need. When memory runs out, the next smaller way goes on from the last step.",
         ),
     ]
 
@@ -245,8 +246,8 @@ def token_inputs() -> list[Any]:
         ),
         count(
             "batch",
-            "How many noisy versions of a picture each step learns from, up to the limit of the "
-            "memory preset. Lower it to save memory.",
+            "How many noisy versions of a picture each step learns from, or fewer where memory does not "
+            "suffice. Lower it to save memory.",
             8,
         ),
         number(

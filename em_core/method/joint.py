@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..model.adapters import TrainableParts
+from ..model.protocol import loss_scale, to_host
 from ..prompts import ConceptPrompt
 from . import losses
 from .loop import Step, StepEvent, recorded
@@ -16,12 +18,14 @@ from .m_step import Terms, forward_backward
 from .maps import like_noise
 from .optimizer import (
     LearnableVectors,
+    add_gradient,
     clip_and_step,
     give_moments,
     learnable,
     learned,
     moments_of,
     named_vectors,
+    with_fitting_scale,
 )
 from .problem import Problem
 from .state import RunState, generator_at
@@ -66,7 +70,8 @@ def learn_joint(problem: Problem, state: RunState) -> Iterator[Step]:
         state = replace(state, weights=weights_of(parts), generator=generator.get_state())
         learner = make_learner(problem, state, parts, priors)
         while state.step < joint.steps:
-            event, state = joint_step(problem, state, learner)
+            step = partial(joint_step, problem, state, learner)
+            event, state = with_fitting_scale(problem.host, step)
             yield event, state
 
 
@@ -101,7 +106,9 @@ def make_learner(
     if tokens:
         rate = joint.token_learning_rate
         groups.append({"params": list(tokens.values()), "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2)
+    # All whole weights at once would need as much memory again as they take.
+    foreach = False if joint.kind in ("cross_attention", "full") else None
+    optimizer = torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2, foreach=foreach)
     parameters = weights | tokens
     give_moments(optimizer, parameters, state.moments)
     return Learner(vectors, parameters, optimizer, priors)
@@ -114,8 +121,8 @@ def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
     _, terms, _ = forward_backward(problem, replace(state, vectors=learner.vectors), generator)
     if learner.priors is not None:
         terms = terms | prior_term(problem, learner.priors, generator)
-    loss = terms["total"] + terms.get("prior", torch.zeros_like(terms["total"]))
-    clip_and_step(learner.optimizer, loss, problem.settings.gradient_clip, state)
+    scale = loss_scale(problem.host)
+    values = clip_and_step(learner.optimizer, terms, problem.settings.gradient_clip, state, scale)
     after = replace(
         state,
         vectors=learned(learner.vectors),
@@ -123,7 +130,6 @@ def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
         generator=generator.get_state(),
         step=state.step + 1,
     )
-    values = {name: float(value.detach()) for name, value in terms.items()}
     return recorded(after, StepEvent("joint", after.step, problem.joint.steps, values))
 
 
@@ -150,11 +156,11 @@ def prior_term(problem: Problem, priors: Tensor, generator: torch.Generator) -> 
     """Prior preservation (DreamBooth; Break-a-Scene): Eq. 1 on the model's own pictures; adds its gradient."""
     host, batch = problem.host, problem.settings.batch
     Z0 = priors[torch.randint(len(priors), (batch,), generator=generator).tolist()]
-    t = host.schedule.draw_times(batch, generator).to(host.device)
+    t = to_host(host.schedule.draw_times(batch, generator), host)
     eps = like_noise(Z0, batch, generator)
     conditioning = host.encode_prompts([ConceptPrompt((problem.joint.prior_prompt,))] * batch, {})
     prediction = host.predict(host.schedule.add_noise(Z0, eps, t), t, conditioning)
     target = host.schedule.target(Z0, eps, t)
     loss = losses.diffusion_loss(prediction, target, host.schedule.weight(t))
-    (problem.joint.prior_weight * loss).backward()
+    add_gradient(problem.joint.prior_weight * loss, host)
     return {"prior": loss}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..masks.measures import areas, iou
 from .e_step import e_step, with_free_statistics
 from .m_step import m_step
+from .optimizer import with_fitting_scale
 from .problem import Problem
 from .state import RunState
 
@@ -73,8 +75,8 @@ def learn(problem: Problem, state: RunState) -> Iterator[Step]:
 def em_step(problem: Problem, state: RunState, first: bool = False) -> Step:
     """One M-step, and the E-step where it is due."""
     settings = problem.settings
-    state, drawn, terms, maps = m_step(problem, state, first)
-    losses = {name: float(value.detach()) for name, value in terms.items()}
+    taken = partial(m_step, problem, state, first)
+    state, drawn, losses, maps = with_fitting_scale(problem.host, taken)
     event = StepEvent("em", state.step, settings.steps, losses)
     if settings.mode == "em":
         if settings.free_statistics:

@@ -12,13 +12,21 @@ from ..errors import UserError
 from ..masks.measures import union
 from ..masks.resizing import resize
 from ..model.layers import loss_layers, mask_layers
-from ..model.protocol import Conditioning
+from ..model.protocol import Conditioning, loss_scale, to_host
 from ..model.recording import AttentionMaps, mean_maps
 from ..prompts import ConceptVectors
 from ..settings import EMSettings
 from . import losses
 from .maps import like_noise, one_time, recorder_for
-from .optimizer import clip_and_step, give_moments, learnable, learned, moments_of, named_vectors
+from .optimizer import (
+    add_gradient,
+    clip_and_step,
+    give_moments,
+    learnable,
+    learned,
+    moments_of,
+    named_vectors,
+)
 from .problem import Prepared, Problem
 from .state import RunState, generator_at
 
@@ -48,23 +56,28 @@ class Draw:
 def draw(problem: Problem, state: RunState, generator: torch.Generator) -> Draw:
     """Pick a picture, subsets of the concepts that were found in it, times and noise."""
     settings, host = problem.settings, problem.host
-    usable = [i for i, picture in enumerate(state.pictures) if bool(picture.found.any())]
+    found_in = names_found(problem, state)
+    usable = [i for i, found in enumerate(found_in) if found]
     index = usable[int(torch.randint(len(usable), (), generator=generator))]
-    prepared = problem.pictures[index]
-    flags = state.pictures[index].found.tolist()
-    found = [name for name, flag in zip(prepared.names, flags, strict=True) if flag]
+    prepared, found = problem.pictures[index], found_in[index]
     names = found if settings.draws_subsets else prepared.names
     subsets = tuple(draw_subset(names, settings, generator) for _ in range(settings.batch))
     flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
     Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
     times = 1 if one_time(host) else settings.batch
-    t = host.schedule.draw_times(times, generator).expand(settings.batch).to(host.device)
+    t = to_host(host.schedule.draw_times(times, generator).expand(settings.batch), host)
     present = torch.tensor(
-        [[float(n in s and n in found) for n in prepared.names] for s in subsets],
-        device=host.device,
+        [[float(n in s and n in found) for n in prepared.names] for s in subsets]
     )
     eps = like_noise(Z0, settings.batch, generator)
-    return Draw(index, subsets, present, flipped, t, eps, Z0.expand_as(eps))
+    return Draw(index, subsets, to_host(present, host), flipped, t, eps, Z0.expand_as(eps))
+
+
+def names_found(problem: Problem, state: RunState) -> list[list[str]]:
+    """Of each picture, the concepts that were found in it; read from the device at once, before a
+    step gives it anything to do."""
+    flags = iter(torch.cat([picture.found for picture in state.pictures]).tolist())
+    return [[name for name in p.names if next(flags)] for p in problem.pictures]
 
 
 def draw_subset(
@@ -101,9 +114,9 @@ def recorded_layers(problem: Problem, prepared: Prepared, phase: str) -> tuple[s
 
 def m_step(
     problem: Problem, state: RunState, first: bool = False
-) -> tuple[RunState, Draw, Terms, AttentionMaps]:
-    """One optimisation step on the vectors: the new state, what was drawn, the terms of the loss,
-    and the maps that the pass recorded.
+) -> tuple[RunState, Draw, dict[str, float], AttentionMaps]:
+    """One optimisation step on the vectors: the new state, what was drawn, the values of the loss's
+    terms, and the maps that the pass recorded.
 
     Args:
         problem, state: what the run works on, and where it stands.
@@ -122,7 +135,8 @@ def m_step(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0
     )
     give_moments(optimizer, parameters, state.moments)
-    clip_and_step(optimizer, terms["total"], settings.gradient_clip, state)
+    scale = loss_scale(problem.host)
+    values = clip_and_step(optimizer, terms, settings.gradient_clip, state, scale)
     after = replace(
         state,
         vectors=learned(vectors),
@@ -130,28 +144,30 @@ def m_step(
         generator=generator.get_state(),
         step=state.step + 1,
     )
-    return after, drawn, terms, maps
+    return after, drawn, values, maps
 
 
 def forward_backward(
     problem: Problem, state: RunState, generator: torch.Generator, first: bool = False
 ) -> tuple[Draw, Terms, AttentionMaps]:
-    """Draw, predict, and add the loss's gradient to the parameters'."""
+    """Draw, predict, and add the loss's gradient, times the host's scale, to the parameters'."""
     host = problem.host
     drawn = draw(problem, state, generator)
     prepared = problem.pictures[drawn.index]
     conditioning = condition(problem, state, drawn)
     wanted = recorded_layers(problem, prepared, state.phase)
     layers = [layer for layer in prepared.layers if layer.name in wanted]
-    recorder = recorder_for(conditioning, prepared.names, layers, host.device, grad=True)
+    # The other layers' maps only become statistics; their graph would be kept for nothing.
+    grad = loss_layers(prepared.layers) if problem.settings.has_attention_terms else ()
+    recorder = recorder_for(conditioning, prepared.names, layers, host, grad)
     # Backward runs inside the context: gradient checkpointing repeats the forward pass with its hooks.
     with host.record_attention(recorder) if layers else nullcontext():
         Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
         prediction = host.predict(Z_t, drawn.t, conditioning)
         terms = loss_terms(problem, state, drawn, prediction, recorder.maps)
         if first:
-            require_reached(state.vectors, drawn, terms["diffusion"])
-        terms["total"].backward()
+            require_reached(state.vectors, drawn, terms["diffusion"] * loss_scale(host))
+        add_gradient(terms["total"], host)
     return drawn, terms, recorder.maps
 
 

@@ -1,6 +1,6 @@
 """Attention maps of one picture's concepts, averaged over noisy versions of it (VCD Eq. 2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from ..errors import TrainingError, UserError
 from ..masks.settings import MaskSettings
 from ..model.columns import select_columns
 from ..model.layers import AttentionLayer, finest_size, mask_layers
-from ..model.protocol import Conditioning, DiffusionModel
+from ..model.protocol import Conditioning, DiffusionModel, passes_at_once, to_host
 from ..model.recording import AttentionRecorder, mean_maps
 from ..prompts import ConceptPrompt, ConceptVectors
 from .problem import Prepared
@@ -19,7 +19,8 @@ from .problem import Prepared
 
 def like_noise(Z: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Unit Gaussian noise drawn on the CPU, so that every device sees the same."""
-    return torch.randn(count, *Z.shape[1:], generator=generator).to(Z)
+    noise = torch.randn(count, *Z.shape[1:], generator=generator)
+    return noise.to(Z, non_blocking=Z.device.type == "cuda")
 
 
 def one_time(host: DiffusionModel) -> bool:
@@ -34,12 +35,12 @@ def recorder_for(
     conditioning: Conditioning,
     names: Sequence[str],
     layers: Sequence[AttentionLayer],
-    device: torch.device,
-    grad: bool = False,
+    host: DiffusionModel,
+    grad: bool | Collection[str] = False,
 ) -> AttentionRecorder:
     """A recorder of the named concepts' columns, then the end-of-text token's.
 
-    A concept that does not stand in a prompt gets a map of zeros.
+    A concept that does not stand in a prompt gets a map of zeros. `grad` is the recorder's.
     """
     select = {}
     for name, stream in conditioning.streams.items():
@@ -47,7 +48,7 @@ def recorder_for(
             [*(of_prompt.get(concept, ()) for concept in names), (end,)]
             for of_prompt, end in zip(stream.columns, stream.end, strict=True)
         ]
-        select[name] = select_columns(columns, stream.length, device)
+        select[name] = to_host(select_columns(columns, stream.length), host)
     return AttentionRecorder(select, {layer.name: layer for layer in layers}, grad)
 
 
@@ -105,11 +106,11 @@ def read_attention(
     wanted = mask_layers(prepared.layers, settings.all_layers)
     among = {layer.name: layer for layer in prepared.self_layers} if regions else {}
     size, k = finest_size(prepared.layers), len(prepared.names)
-    t = host.schedule.draw_times(passes, generator, *settings.timesteps).to(host.device)
+    t = to_host(host.schedule.draw_times(passes, generator, *settings.timesteps), host)
     eps = like_noise(prepared.Z0, passes, generator)
     maps, affinity, seen = [], [], 0
-    batch = 1 if one_time(host) else batch
-    for times, noise in zip(t.split(batch), eps.split(batch), strict=True):
+    together = 1 if one_time(host) else passes_at_once(host, batch)
+    for times, noise in zip(t.split(together), eps.split(together), strict=True):
         recorder = noisy_pass(host, prepared, conditioning, wanted, times, noise, among)
         maps.append(mean_maps(recorder.maps, wanted, size)[:, :k])
         if recorder.affinity:
@@ -140,7 +141,7 @@ def noisy_pass(
     Z_t = host.schedule.add_noise(prepared.Z0.expand_as(eps), eps, t)
     repeated = conditioning.rows([0] * len(t))
     layers = [layer for layer in prepared.layers if layer.name in wanted]
-    recorder = recorder_for(repeated, prepared.names, layers, host.device)
+    recorder = recorder_for(repeated, prepared.names, layers, host)
     recorder.among = among
     with host.record_attention(recorder):
         host.predict(Z_t, t, repeated)

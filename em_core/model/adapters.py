@@ -99,9 +99,14 @@ def add_lora(
     args: tuple[Tensor, ...],
     output: Tensor,
 ) -> Tensor:
-    """Forward hook: W x + scale * up down x."""
-    x = args[0].to(down.dtype)
-    return output + (scale * (x @ down.T @ up.T)).to(output.dtype)
+    """Forward hook: W x + scale * up down x.
+
+    The two small factors are cast to the type of x, since x itself would be kept for the backward
+    pass in the wider type. Their own values, and what an optimizer makes of them, stay as wide.
+    """
+    x = args[0]
+    low = x @ down.to(x.dtype).T @ up.to(x.dtype).T
+    return output + (scale * low).to(output.dtype)
 
 
 @contextmanager

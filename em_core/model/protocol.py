@@ -62,7 +62,10 @@ class Conditioning:
 
 @runtime_checkable
 class DiffusionModel(Protocol):
-    """A text-to-image model of the latent diffusion or flow kind, as a host presents it."""
+    """A text-to-image model of the latent diffusion or flow kind, as a host presents it.
+
+    A host may also have `loss_scale` and `passes_at_once`; see the functions of these names.
+    """
 
     schedule: NoiseSchedule
     device: torch.device
@@ -150,3 +153,21 @@ class DiffusionModel(Protocol):
     def identity(self) -> ModelIdentity:
         """Identity of the base model."""
         ...
+
+
+def loss_scale(host: DiffusionModel) -> float:
+    """What losses are multiplied by before the backward pass, so that gradients do not vanish in a
+    narrow number type; they are divided by it again. 1 where the host does not say."""
+    return getattr(host, "loss_scale", 1.0)
+
+
+def passes_at_once(host: DiffusionModel, most: int) -> int:
+    """How many of at most `most` passes without gradients go through the model together: as many as
+    the host says that memory allows."""
+    return max(1, min(most, getattr(host, "passes_at_once", most)))
+
+
+def to_host(x: Tensor, host: DiffusionModel) -> Tensor:
+    """A tensor from the CPU on the host's device, without waiting for what the device is busy with."""
+    # Elsewhere than in CUDA, copies that are not waited for have been wrong.
+    return x.to(host.device, non_blocking=host.device.type == "cuda")

@@ -5,7 +5,7 @@ they pass. Only the columns of the concepts are kept, averaged over heads; the a
 itself is computed elsewhere, by whatever kernel the host uses.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,8 @@ class AttentionRecorder:
         select: stream -> [b, k, t] averaging weights over its t text positions; see
             :func:`em_core.model.columns.select_columns`.
         layers: name -> the layers to record.
-        grad: keep the graph, so that losses on the maps reach the concept vectors.
+        grad: keep the graph, so that losses on the maps reach the concept vectors: of every layer,
+            of none, or of the layers with these names.
         among: name -> the self-attention layers to record, all of one size with n pixels.
         maps: layer name -> [b, k, h, w], values in 0..1, filled during the forward pass.
         affinity: layer name of `among` -> [n, n], how the pixels attend to one another, mean over
@@ -40,7 +41,7 @@ class AttentionRecorder:
 
     select: Mapping[str, Float[Tensor, "b k _t"]]
     layers: Mapping[str, AttentionLayer]
-    grad: bool = False
+    grad: bool | Collection[str] = False
     among: Mapping[str, AttentionLayer] = field(default_factory=dict)
     maps: AttentionMaps = field(default_factory=dict)
     affinity: AttentionMaps = field(default_factory=dict)
@@ -59,6 +60,9 @@ class AttentionRecorder:
     ) -> None:
         """Keep the selected columns' attention probabilities, averaged over heads.
 
+        The first pass counts. Gradient checkpointing repeats it in the backward pass, and maps of the
+        repetition would keep all that it computes; those without a graph are not computed again.
+
         Args:
             layer: name of the layer.
             q: queries of the pixels.
@@ -72,10 +76,13 @@ class AttentionRecorder:
         if layer not in self.layers:
             return
         described = self.layers[layer]
-        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+        grad = self.grad if isinstance(self.grad, bool) else layer in self.grad
+        if layer in self.maps and not grad:
+            return
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             maps = column_probabilities(q, k, self.select[described.stream], heads, others)
             height, _ = size_of_map(q.shape[1], described.size)
-            self.maps[layer] = rearrange(maps, "b k (h w) -> b k h w", h=height)
+            self.maps.setdefault(layer, rearrange(maps, "b k (h w) -> b k h w", h=height))
 
     @torch.no_grad()
     def record_affinity(

@@ -1,5 +1,7 @@
 """Start vectors of concepts."""
 
+from dataclasses import dataclass
+
 import torch
 from einops import reduce
 from jaxtyping import Float
@@ -8,16 +10,30 @@ from torch import Tensor
 from ..errors import UserError
 
 
+@dataclass(frozen=True)
+class TableStatistics:
+    """Mean and standard deviation of a token table over its pieces, for random vectors like them."""
+
+    mean: Float[Tensor, " d"]
+    std: Float[Tensor, " d"]
+
+    @classmethod
+    def of(cls, table: Float[Tensor, "v d"]) -> "TableStatistics":
+        """Rows of zeros stand for pieces that the model never saw; they do not count."""
+        used = table[reduce(table.abs(), "v d -> v", "max") > 0]
+        return cls(used.mean(dim=0), used.std(dim=0))
+
+    def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """Gaussian vectors like the table's (VCD: "simply random vector")."""
+        noise = torch.randn(count, len(self.mean), generator=generator).to(self.mean)
+        return self.mean + noise * self.std
+
+
 def random_vectors(
     table: Float[Tensor, "v d"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "n d"]:
-    """Gaussian vectors with the token table's mean and deviation (VCD: "simply random vector").
-
-    Rows of zeros stand for pieces that the model never saw; they do not count.
-    """
-    used = table[reduce(table.abs(), "v d -> v", "max") > 0]
-    noise = torch.randn(count, table.shape[1], generator=generator).to(table)
-    return used.mean(dim=0) + noise * used.std(dim=0)
+    """Gaussian vectors with the token table's mean and deviation; see :class:`TableStatistics`."""
+    return TableStatistics.of(table).draw(count, generator)
 
 
 def spread_pieces(pieces: Float[Tensor, "p d"], count: int) -> Float[Tensor, "n d"]:

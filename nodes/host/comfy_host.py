@@ -22,7 +22,7 @@ from ...em_core.model.layers import AttentionLayer
 from ...em_core.model.protocol import Conditioning, TextStream
 from ...em_core.model.recording import AttentionRecorder
 from ...em_core.model.schedules import NoiseSchedule
-from ...em_core.model.vectors import random_vectors
+from ...em_core.model.vectors import TableStatistics
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from ...em_core.settings import WeightKind
 from ..exports import loadable
@@ -30,6 +30,7 @@ from .attention import SELF, attention_layers, block_levels, record_attention
 from .copies import private_copies
 from .embeddings import require_embeddings, start_of_embedding
 from .families import GraphModels, noise_schedule, wrong_vae
+from .layers import adaptable_layers, crossing_weights, named_weights, taking_part
 from .patches import (
     OrdinaryTensors,
     core_attention,
@@ -41,23 +42,21 @@ from .patches import (
     watching_gradients,
 )
 from .text import (
+    Tokens,
     find_columns,
     keep_saved,
     pad_chunks,
     pieces,
     require_same_count,
+    results_stay,
     token_table,
     tokenize,
     with_concepts,
     word_vectors,
 )
 
-UNET = "diffusion_model"
 OVERRIDE = "optimized_attention_override"
-ADAPTABLE = re.compile(r"attn[12]\.(to_[qkv]|to_out\.0)$|self_attn\.([qkv]|out)_proj$")
-CROSS_ATTENTION = re.compile(r"attn2\.to_[kv]\.weight$")
 PARENTHESIS = re.compile(r"(?<!\\)([()])")  # of a description, where it is no weight
-NO_PART = re.compile(r"token_embedding\.weight$|logit_scale$|text_projection\.weight$")
 
 
 class ComfyHost:
@@ -69,7 +68,13 @@ class ComfyHost:
             own and only read.
         one_time: whether all samples of a call need the same time, as in sampling: other nodes' patches
             look at the first one's.
+        loss_scale, passes_at_once: see :mod:`em_core.model.protocol`.
+        memory_required: bytes that a step takes besides the weights, which others must leave free.
     """
+
+    loss_scale = 1.0
+    passes_at_once = 10
+    memory_required = 0.0
 
     def __init__(self, models: GraphModels, learning: bool = False) -> None:
         self.models, self.learning = models, learning
@@ -84,7 +89,9 @@ class ComfyHost:
         deepest = max(block_levels(self.unet).values())
         self.image_multiple = models.factor * 2**deepest
         sampling = self.model.get_model_object("model_sampling")
-        self.sigmas = sampling.sigmas.detach().clone().float()
+        self.sigmas = sampling.sigmas.detach().clone().float().to(self.device)
+        self.tables: dict[str, TableStatistics] = {}
+        self.sizes: dict[Size, Tensor] = {}
         self.loaded = False
         self.one_time = bool(patch_functions(self.model))
         self.ordinary = OrdinaryTensors() if learning else None
@@ -102,7 +109,11 @@ class ComfyHost:
     def load(self) -> None:
         """Bring MODEL and CLIP onto the device together, so that neither evicts the other."""
         if not self.loaded:
-            mm.load_models_gpu([self.model, self.clip.patcher], force_full_load=self.learning)
+            mm.load_models_gpu(
+                [self.model, self.clip.patcher],
+                memory_required=self.memory_required,
+                force_full_load=self.learning,
+            )
             self.model.pre_run()
             self.loaded = True
 
@@ -135,24 +146,50 @@ class ComfyHost:
         require_embeddings(self.clip.tokenizer, self.models.encoders, set(texts))
         tokens = {text: tokenize(tokenizer, text) for text in dict.fromkeys(texts)}
         chunks = max(len(rows) for by_encoder in tokens.values() for rows in by_encoder.values())
-        encoded, places = {}, {}
-        for text, by_encoder in tokens.items():
-            encoded[text] = self.encode_tokens(pad_chunks(by_encoder, tokenizer, chunks))
-            places[text] = find_columns(by_encoder, tokenizer, vectors)
-        pooled = [vector for text in texts if (vector := encoded[text][1]) is not None]
-        y = torch.cat([encoded[text][0] for text in texts])
-        columns, end = zip(*(places[text] for text in texts), strict=True)
-        inputs = {"y": y} | ({"pooled": torch.cat(pooled)} if pooled else {})
-        return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
+        places = [find_columns(of, tokenizer, vectors) for of in tokens.values()]
+        padded = [pad_chunks(of, tokenizer, chunks) for of in tokens.values()]
+        y, pooled = self.encode_texts(padded, chunks)
+        columns, end = zip(*places, strict=True)
+        inputs = {"y": y} | ({} if pooled is None else {"pooled": pooled})
+        distinct = Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
+        order = [list(tokens).index(text) for text in texts]
+        return distinct if order == list(range(len(y))) else distinct.rows(order)
+
+    def encode_texts(
+        self, texts: Sequence[Tokens], chunks: int
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"] | None]:
+        """Return the sequences and pooled vectors of texts of equally many chunks, encoded in one call.
+
+        ComfyUI reads the texts as one long text, of which it pools the first chunk alone; the other
+        texts' pooled vectors are taken from the encoder that pooled it.
+        """
+        rows: list[Tensor] = []
+        last = getattr(self.clip.cond_stage_model, list(self.models.encoders)[-1])
+        handle = last.register_forward_hook(lambda module, args, out: rows.append(out[1]))
+        try:
+            y, pooled = self.encode_tokens(
+                {key: [row for text in texts for row in text[key]] for key in texts[0]}
+            )
+        finally:
+            handle.remove()
+        y = rearrange(y, "1 (b t) d -> b t d", b=len(texts))
+        if pooled is None or len(texts) == 1:
+            return y, pooled
+        if rows and len(rows[-1]) >= len(texts) * chunks:
+            return y, rows[-1][: len(texts) * chunks : chunks].to(pooled)
+        one_by_one = [self.encode_tokens(text)[1] for text in texts]
+        return y, torch.cat([vector for vector in one_by_one if vector is not None])
 
     def encode_tokens(self, tokens: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the encoded sequence [1, t, d] and the pooled vector, as CLIP.encode_from_tokens does."""
+        """Return the encoded sequence [1, t, d] and the first chunk's pooled vector [1, d], as
+        CLIP.encode_from_tokens does."""
         encoder = self.clip.cond_stage_model
         encoder.reset_clip_options()
         if self.clip.layer_idx is not None:
             encoder.set_clip_options({"layer": self.clip.layer_idx})
         encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
-        with keep_saved() if torch.is_grad_enabled() else nullcontext():
+        keeping = keep_saved() if torch.is_grad_enabled() else nullcontext()
+        with keeping, results_stay(self.device):
             y, pooled = encoder.encode_token_weights(tokens)[:2]
         y = y.to(self.device).float()
         return y, None if pooled is None else pooled.to(self.device).float()
@@ -166,7 +203,7 @@ class ComfyHost:
         """
         mm.throw_exception_if_processing_interrupted()
         self.load()
-        sigma = self.sigmas.to(t.device)[t.long()]
+        sigma = self.sigmas[t.long()]
         wide = sigma[:, None, None, None]
         root = (wide**2 + 1).sqrt()
         x = Z_t.float() * root
@@ -225,10 +262,15 @@ class ComfyHost:
             return {}
         height, width = x.shape[-2] * self.models.factor, x.shape[-1] * self.models.factor
         pooled = conditioning.inputs["pooled"]
-        y = self.model.model.encode_adm(
-            pooled_output=pooled, height=height, width=width, device=self.device
-        )
-        return {"y": y.to(self.device)}
+        if (height, width) not in self.sizes:
+            # ComfyUI builds it on the CPU, where the pooled vectors would be waited for in each step.
+            blank = torch.zeros(1, pooled.shape[1])
+            y = self.model.model.encode_adm(
+                pooled_output=blank, height=height, width=width, device=self.device
+            )
+            self.sizes[height, width] = y[:, pooled.shape[1] :].to(self.device)
+        of_size = self.sizes[height, width].expand(len(pooled), -1)
+        return {"y": torch.cat([pooled, of_size], dim=1)}
 
     def record_attention(
         self, recorder: AttentionRecorder
@@ -255,9 +297,15 @@ class ComfyHost:
         for name in self.models.encoders:
             vectors = word_vectors(self.clip, name, words, count)
             if vectors is None:
-                vectors = random_vectors(token_table(self.clip, name), count, generator)
+                vectors = self.statistics(name).draw(count, generator)
             found[name] = vectors.to(self.device)
         return found
+
+    def statistics(self, encoder: str) -> TableStatistics:
+        """Return those of an encoder's token table, computed once."""
+        if encoder not in self.tables:
+            self.tables[encoder] = TableStatistics.of(token_table(self.clip, encoder))
+        return self.tables[encoder]
 
     def release(self) -> None:
         """Undo what running the model has set on it."""
@@ -265,8 +313,7 @@ class ComfyHost:
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Map paths to all weights of the UNet and the text encoders."""
-        named = {f"{UNET}.{name}": weight for name, weight in self.unet.named_parameters()}
-        return named | dict(self.clip.cond_stage_model.named_parameters())
+        return named_weights(self.unet, self.clip.cond_stage_model)
 
     def trainable(
         self,
@@ -282,20 +329,13 @@ class ComfyHost:
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
         """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoders."""
-        modules = {f"{UNET}.{name}": module for name, module in self.unet.named_modules()}
-        modules |= dict(self.clip.cond_stage_model.named_modules())
-        return {
-            name: module
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear) and ADAPTABLE.search(name)
-        }
+        return adaptable_layers(self.unet, self.clip.cond_stage_model)
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
         """Map paths to the keys and values of cross-attention, or to all weights that take part."""
-        named = self.named_weights()
         if kind == "cross_attention":
-            return {name: weight for name, weight in named.items() if CROSS_ATTENTION.search(name)}
-        return {name: weight for name, weight in named.items() if not NO_PART.search(name)}
+            return crossing_weights(self.unet)
+        return taking_part(self.named_weights())
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
@@ -373,19 +413,23 @@ def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
 
 @contextmanager
 def learning_host(
-    models: GraphModels, dtype: torch.dtype, clip_dtype: torch.dtype | None = None
+    models: GraphModels,
+    dtype: torch.dtype,
+    clip_dtype: torch.dtype | None = None,
+    storage: torch.dtype | None = None,
 ) -> Iterator[ComfyHost]:
     """Provide a host to learn on, over private copies of the weights as the graph has patched them.
 
     Args:
         models: the graph's models.
-        dtype: number type of the UNet's copy.
+        dtype: number type in which the UNet's copy computes.
         clip_dtype: number type of the text encoders' copy; None keeps their own.
+        storage: number type in which the UNet's matrices are kept; None is `dtype`.
 
     Raises:
         UserError: MODEL or CLIP cannot be learned on.
     """
-    with private_copies(models.model, models.clip, dtype, clip_dtype) as (model, clip):
+    with private_copies(models.model, models.clip, dtype, clip_dtype, storage) as (model, clip):
         host = ComfyHost(replace(models, model=model, clip=clip), learning=True)
         try:
             with refusing(model, learning=True), watching_gradients(host.unet):

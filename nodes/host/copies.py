@@ -1,7 +1,7 @@
 """Private copies of a MODEL's and CLIP's weights, so that learning never touches the user's own."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .families import require_plain_weights
+from .frozen import frozen_layers
 from .patches import refusal, uncompiled
 
 
@@ -20,9 +21,26 @@ def without_paging(patcher: Any) -> Any:
     return patcher.clone()
 
 
-def copy_module(model: nn.Module) -> nn.Module:
-    """Deep-copy a model's weights, but not its configuration or patcher."""
-    shared = {}
+def own_module(patcher: Any, own: Any, casts: Callable[[str], torch.dtype | None]) -> nn.Module:
+    """Return a module of `own` that nobody else has, with each weight in the type that `casts` gives.
+
+    A clone that was loaded anew, because its original is paged, has one already.
+    """
+    if own.model is patcher.model:
+        return copy_module(own.model, casts)
+    for name, weight in own.model.named_parameters():
+        weight.data = weight.data.to(casts(name) or weight.dtype)
+    return own.model
+
+
+def copy_module(model: nn.Module, casts: Callable[[str], torch.dtype | None]) -> nn.Module:
+    """Deep-copy a model, each weight at once in its new type, but not its configuration or patcher."""
+    shared: dict[int, Any] = {
+        id(weight): nn.Parameter(
+            weight.detach().to(casts(name) or weight.dtype, copy=True), requires_grad=False
+        )
+        for name, weight in model.named_parameters()
+    }
     for name in ("model_config", "current_patcher", "latent_format"):
         value = getattr(model, name, None)
         if value is not None:
@@ -48,10 +66,17 @@ def injected(patcher: Any) -> Iterator[None]:
         patcher.eject_model()
 
 
-def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
+def private_patcher(
+    patcher: Any, what: str, casts: Callable[[str], torch.dtype | None] = lambda name: None
+) -> Any:
     """Return a patcher that has all of `patcher`'s patches and its own copy of the weights.
 
     `patcher` must be unloaded, so that the copied weights have no patch applied to them.
+
+    Args:
+        patcher: of the user's model.
+        what: what it is called in messages.
+        casts: gives the number type of each weight in the copy; None keeps its own.
 
     Raises:
         UserError: the weights are of a kind that has no gradient.
@@ -63,27 +88,50 @@ def private_patcher(patcher: Any, dtype: torch.dtype | None, what: str) -> Any:
             patcher, "it is bound to the modules of another copy of the model", learning=True
         )
     with injected(own):
-        own_module = copy_module(own.model)
-    own.model, own.injections = own_module.requires_grad_(False), {}
+        module = own_module(patcher, own, casts)
+    own.model, own.injections = module.requires_grad_(False), {}
+    own.size = 0  # it is counted again when it is asked for
     own.backup, own.object_patches_backup, own.hook_backup = {}, {}, {}
     own.pinned, own.parent = set(), None
     if hasattr(own, "backup_buffers"):
         own.backup_buffers = {}
-    if dtype is not None:
-        unet = own.model.diffusion_model.to(dtype)
-        unet.dtype, own.model.manual_cast_dtype = dtype, None
-        if hasattr(mm, "archive_model_dtypes"):
-            mm.archive_model_dtypes(unet)
+    return own
+
+
+def private_model(model: Any, dtype: torch.dtype, storage: torch.dtype | None) -> Any:
+    """Return a MODEL that has all of `model`'s patches and its own copy of the weights.
+
+    The UNet computes in `dtype`. Its matrices are stored in `storage` where that is given, and cast
+    layer by layer; the small rest, normalisation and biases, is always in `dtype`.
+    """
+    matrices = {
+        f"diffusion_model.{name}"
+        for name, weight in model.model.diffusion_model.named_parameters()
+        if weight.ndim > 1
+    }
+
+    def casts(name: str) -> torch.dtype | None:
+        if not name.startswith("diffusion_model."):
+            return None
+        return storage if storage is not None and name in matrices else dtype
+
+    own = private_patcher(model, "MODEL", casts)
+    unet = own.model.diffusion_model
+    unet.dtype, own.model.manual_cast_dtype = dtype, None
+    if storage is not None:
+        for module in unet.modules():
+            if hasattr(module, "comfy_cast_weights"):
+                module.comfy_cast_weights = True
+    if hasattr(mm, "archive_model_dtypes"):
+        mm.archive_model_dtypes(unet)
     return own
 
 
 def private_clip(clip: Any, dtype: torch.dtype | None) -> Any:
     """Return a CLIP that has all of `clip`'s patches and its own copy of the weights."""
     own = clip.clone()
-    own.patcher = private_patcher(clip.patcher, None, "CLIP")
+    own.patcher = private_patcher(clip.patcher, "CLIP", lambda name: dtype)
     own.cond_stage_model = own.patcher.model
-    if dtype is not None:
-        own.cond_stage_model.to(dtype)
     return own
 
 
@@ -110,15 +158,23 @@ def learning_mode() -> Iterator[None]:
 
 @contextmanager
 def private_copies(
-    model: Any, clip: Any, dtype: torch.dtype, clip_dtype: torch.dtype | None
+    model: Any,
+    clip: Any,
+    dtype: torch.dtype,
+    clip_dtype: torch.dtype | None,
+    storage: torch.dtype | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """Provide copies of MODEL and CLIP to learn on; they leave the device even after an exception."""
+    """Provide copies of MODEL and CLIP to learn on; they leave the device even after an exception.
+
+    See :func:`private_model` for the types.
+    """
     mm.unload_all_models()
     with learning_mode():
-        own_model = private_patcher(model, dtype, "MODEL")
+        own_model = private_model(model, dtype, storage)
         own_clip = private_clip(clip, clip_dtype)
         try:
-            yield own_model, own_clip
+            with frozen_layers(own_model.model.diffusion_model, own_clip.cond_stage_model):
+                yield own_model, own_clip
         finally:
             own_model.cleanup()
             for patcher in (own_model, own_clip.patcher):

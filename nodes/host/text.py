@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management as mm
 import torch
 from torch import Tensor
 
@@ -184,3 +185,18 @@ def keep_saved() -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
+
+
+@contextmanager
+def results_stay(device: torch.device) -> Iterator[None]:
+    """Let what the text encoders give stay on their device while the context is open.
+
+    ComfyUI moves it to the CPU for the nodes in between. Here it goes straight on to the UNet, and
+    the way to the CPU and back would wait for the device in each step.
+    """
+    before = mm.intermediate_device
+    mm.intermediate_device = lambda: device
+    try:
+        yield
+    finally:
+        mm.intermediate_device = before

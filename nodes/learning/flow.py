@@ -1,39 +1,58 @@
 """Fulfil a request to learn: reuse a finished run, or train within the available memory."""
 
+import gc
 import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import comfy.model_management as mm
 import folder_paths
 import torch
 
-from ...em_core.errors import OUT_OF_MEMORY, StoreWarning, UserError
+from ...em_core.errors import MemoryNotice, StoreWarning, UserError, is_out_of_memory
 from ...em_core.examples import Example
+from ...em_core.model.memory import describe
 from ...em_core.runs.concept_set import ConceptSet
 from ...em_core.runs.digest import Unreadable
 from ...em_core.runs.key import run_key
 from ...em_core.runs.learning import learn_concepts
 from ...em_core.runs.store import RunStore
 from ...em_core.settings import EMSettings, JointSettings
+from ..host.anatomy import anatomy
 from ..host.checkpointing import checkpointing
 from ..host.comfy_host import learning_host
 from ..host.families import GraphModels
 from ..host.identity import models_digest
-from .plans import Plan, choose, estimate, preflight, weight_type
+from .plans import Attempt, Device, attempts, choose, first_that_fits, job_of, smaller
 from .progress import NodeProgress
+
+FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+KINDS = {
+    "none": "tokens",
+    "lora": "LoRA",
+    "cross_attention": "cross-attention",
+    "full": "all weights",
+}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What LearnConcepts was asked to do."""
+    """What LearnConcepts was asked to do.
+
+    Attributes:
+        models: of the graph.
+        examples: to learn from.
+        em, joint: settings of both phases.
+        memory: name of a memory plan, or "auto".
+    """
 
     models: GraphModels
     examples: tuple[Example, ...]
     em: EMSettings
     joint: JointSettings
-    preset: str
+    memory: str
 
 
 def run_store() -> RunStore:
@@ -44,17 +63,15 @@ def run_store() -> RunStore:
 def fulfil(request: Request) -> ConceptSet:
     """Return the concepts of a finished run with the same inputs, or learn them.
 
+    A run's key has the plan that was asked for, not the one that was free memory's choice.
+
     Raises:
         UserError: the input is bad, or there is not enough memory.
         TrainingError: a loss is not finite.
     """
-    store, plans = run_store(), choose(request.preset, request.joint, request.models.model)
-    if request.em.batch > plans[0].batch:
-        logging.warning(
-            "The memory preset %s allows at most %d samples per step; the batch of %d is reduced to that.",
-            plans[0].name, plans[0].batch, request.em.batch,
-        )  # fmt: skip
-    key = key_or_none(request, plans[0])
+    device = Device.of(request.models.model)
+    plans = choose(request.memory, request.joint, device)
+    store, key = run_store(), key_or_none(request)
     found = None if key is None else store.finished(key, request.examples)
     if found is not None:
         logging.info(
@@ -62,10 +79,17 @@ def fulfil(request: Request) -> ConceptSet:
             ", ".join(found.names),
         )
         return found
-    return train_within_memory(request, plans, key, store)
+    body = anatomy(request.models)
+    job = job_of(request.models, body, request.examples, request.em, request.joint)
+    tries = list(attempts(plans, device, body, job))
+    if key is not None:
+        return train_within_memory(request, tries, key, store)
+    # Not remembered; but where memory runs out, the next attempt goes on from the last step.
+    with TemporaryDirectory() as folder:
+        return train_within_memory(request, tries, "unnamed", RunStore(folder))
 
 
-def key_or_none(request: Request, plan: Plan) -> str | None:
+def key_or_none(request: Request) -> str | None:
     """Return the run's key, or warn and return None if something that acts on it cannot be read."""
     try:
         models = models_digest(request.models, request.examples)
@@ -77,44 +101,80 @@ def key_or_none(request: Request, plan: Plan) -> str | None:
             stacklevel=2,
         )
         return None
-    return run_key(f"{plan.name} {models}", request.examples, request.em, request.joint)
+    return run_key(f"{request.memory} {models}", request.examples, request.em, request.joint)
 
 
 def train_within_memory(
-    request: Request, plans: tuple[Plan, ...], key: str | None, store: RunStore
+    request: Request, tries: list[Attempt], key: str, store: RunStore
 ) -> ConceptSet:
-    """Train with the first plan and, if memory runs out, continue with the next smaller one.
+    """Train with the first attempt that fits what is free and, if memory runs out all the same, go on
+    from the last step with the next smaller one.
 
     Raises:
-        UserError: memory runs out with every plan.
+        UserError: memory runs out with every attempt.
     """
-    for plan in plans:
+    mm.unload_all_models()
+    left = tries[first_that_fits(tries, free_memory(request)) :]
+    while left:
+        attempt = left[0]
+        announce(request, attempt)
         try:
-            return train(request, plan, key, store)
-        except OUT_OF_MEMORY as error:
-            logging.warning("Out of memory with preset %s (%s).", plan.name, error)
-        mm.unload_all_models()
-        mm.soft_empty_cache()
+            return train(request, attempt, key, store)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            logging.warning("Out of memory with the plan %s (%s).", attempt.plan.name, error)
+        # Outside the handler, since the error holds the frames that hold the tensors.
+        make_room()
+        left = smaller(left, attempt)
     raise UserError(
-        f"Not enough memory to learn, even with the preset {plans[-1].name}. The model has been unloaded. "
-        "Use a smaller resolution or batch, or learn tokens only (set joint to none)."
+        f"Not enough memory to learn, even with the plan {attempt.plan.name} and {attempt.batch} sample "
+        "per step. The model has been unloaded. Use a smaller resolution, close other programs that use "
+        "the graphics card, or learn tokens only (set joint to none)."
     )
 
 
-def train(request: Request, plan: Plan, key: str | None, store: RunStore) -> ConceptSet:
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether ComfyUI or torch takes an error for exhausted memory."""
+    known = getattr(mm, "is_oom", None)
+    return bool(known and known(error)) or is_out_of_memory(error)
+
+
+def make_room() -> None:
+    """Free all that is not in use."""
+    gc.collect()
+    mm.unload_all_models()
+    mm.soft_empty_cache()
+
+
+def free_memory(request: Request) -> float:
+    """Return how many bytes are free where the MODEL runs."""
+    return float(mm.get_free_memory(request.models.model.load_device))
+
+
+def announce(request: Request, attempt: Attempt) -> None:
+    """Say on the node what was chosen, what it needs, and what else follows from it."""
+    free, need = free_memory(request), attempt.need.device
+    what = f"{FAMILIES.get(request.models.family, 'model')}, {KINDS[request.joint.kind]}"
+    text = f"{describe(what, need, free)} (memory plan {attempt.plan.name})."
+    if attempt.batch < request.em.batch:
+        text += f" Samples per step: {attempt.batch} instead of {request.em.batch}."
+    if need > free:
+        text += " This may not suffice; a smaller resolution needs less."
+    warnings.warn(text, MemoryNotice, stacklevel=2)
+
+
+def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> ConceptSet:
     """Learn on private copies of the weights."""
     models, joint = request.models, request.joint
-    dtype = weight_type(plan, models.model)
     # Half precision is too coarse to learn the text encoders' own weights, which only this kind does.
     clip_dtype = torch.float32 if joint.kind == "full" else None
-    em = replace(request.em, batch=min(request.em.batch, plan.batch))
-    preflight(estimate(models, plan, em), plan, models.model)
+    em = replace(request.em, batch=attempt.batch)
     progress = NodeProgress(request.examples[0].picture, em, joint)
-    with (
-        learning_host(models, dtype, clip_dtype) as host,
-        checkpointing(host.unet, plan.checkpointing),
-    ):
-        return learn_concepts(
-            host, request.examples, em, joint, listeners=[progress],
-            store=None if key is None else store, key=key,
-        )  # fmt: skip
+    with learning_host(models, attempt.dtype, clip_dtype, attempt.storage) as host:
+        host.loss_scale, host.passes_at_once = attempt.loss_scale, attempt.need.passes
+        host.memory_required = attempt.need.trained + attempt.need.step
+        with checkpointing(host.unet, attempt.plan.recompute):
+            return learn_concepts(
+                host, request.examples, em, joint, listeners=[progress], store=store, key=key
+            )

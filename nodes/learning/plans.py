@@ -1,17 +1,22 @@
-"""Memory presets: number type, checkpointing and batch size by the memory of the graphics card."""
+"""How a run may spend memory: number types and recomputation, chosen by what it needs and what is free."""
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 
 from ...em_core.errors import UserError
-from ...em_core.settings import EMSettings, JointSettings, WeightKind
+from ...em_core.examples import Example, fitted_size
+from ...em_core.model.memory import Anatomy, Job, Need, Spending, needs
+from ...em_core.settings import EMSettings, JointSettings
 from ..host.families import GraphModels
 
-GIB = 2**30
+WHOLE = ("cross_attention", "full")
+FP8 = torch.float8_e4m3fn
+LOSS_SCALE = 2.0**16
+LETTERS = 300  # about as many as 75 pieces of the vocabulary have
 
 
 @dataclass(frozen=True)
@@ -19,86 +24,168 @@ class Plan:
     """How a run spends memory.
 
     Attributes:
-        name: the preset's name in the node.
-        half: whether weights are bfloat16, if the device supports it; otherwise they are float32.
-        checkpointing: whether activations are recomputed in the backward pass.
-        batch: the largest number of noise samples per step.
-        kinds: the joint phases that fit.
+        name: what the node calls it.
+        half: whether the UNet computes in half precision where the device does; a CPU does not.
+        fp8: whether the UNet's matrices rest in fp8 and are cast layer by layer.
+        recompute: whether blocks are computed again in the backward pass.
     """
 
     name: str
-    half: bool
-    checkpointing: bool
-    batch: int
-    kinds: tuple[WeightKind, ...]
+    half: bool = False
+    fp8: bool = False
+    recompute: bool = False
 
 
 PLANS = (
-    Plan("24 GB", False, False, 8, ("none", "lora", "cross_attention", "full")),
-    Plan("12 GB", True, False, 4, ("none", "lora")),
-    Plan("8 GB", True, True, 1, ("none", "lora")),
+    Plan("float32"),
+    Plan("float32, recomputing", recompute=True),
+    Plan("half", half=True),
+    Plan("half, recomputing", half=True, recompute=True),
+    Plan("fp8, recomputing", half=True, fp8=True, recompute=True),
 )
-CHOICES = ["auto", *(plan.name for plan in PLANS)]
-ACTIVATIONS = 4.0
-CHECKPOINTED = 1.5
+AUTO = "auto"
+CHOICES = [AUTO, *(plan.name for plan in PLANS)]
 
 
-def choose(name: str, joint: JointSettings, model: Any) -> tuple[Plan, ...]:
-    """Return the plan to try and the next smaller one to fall back on.
+@dataclass(frozen=True)
+class Device:
+    """What a device can do.
+
+    Attributes:
+        half: the half-precision type that it computes in, or None.
+        fp8: whether it casts from fp8.
+    """
+
+    half: torch.dtype | None
+    fp8: bool
+
+    @classmethod
+    def of(cls, model: Any) -> "Device":
+        """What ComfyUI says of a MODEL's device."""
+        device = model.load_device
+        if mm.is_device_cpu(device):
+            return cls(None, False)
+        half = None
+        if mm.should_use_bf16(device):
+            half = torch.bfloat16
+        elif mm.should_use_fp16(device, prioritize_performance=False):
+            half = torch.float16
+        return cls(half, bool(mm.supports_cast(device, FP8)))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A plan with all that follows from it on one device.
+
+    Attributes:
+        plan: the plan.
+        dtype: in which the UNet computes.
+        storage: in which its matrices rest, or None for the same.
+        batch: noise samples of a step.
+        need: bytes that the run takes.
+    """
+
+    plan: Plan
+    dtype: torch.dtype
+    storage: torch.dtype | None
+    batch: int
+    need: Need
+
+    @property
+    def loss_scale(self) -> float:
+        """Gradients vanish in float16 unless they are scaled."""
+        return LOSS_SCALE if self.dtype == torch.float16 else 1.0
+
+
+def choose(name: str, joint: JointSettings, device: Device) -> tuple[Plan, ...]:
+    """Return the plan of this name, or the best one for "auto", and all smaller ones after it.
+
+    Whole weights are learned in float32. Tokens and LoRAs are float32 anyway, so that the frozen UNet
+    is in half precision wherever the device computes in it.
 
     Raises:
-        UserError: the joint phase does not fit the preset.
+        UserError: the joint phase does not go with the plan.
     """
-    index = CHOICES.index(name) - 1 if name != "auto" else fitting(model)
-    if joint.kind not in PLANS[index].kinds:
-        if name != "auto":
-            raise UserError(
-                f"The joint phase {joint.kind!r} does not fit the memory preset {name}. Expected one of "
-                f"{', '.join(PLANS[index].kinds)}. Choose one of these, or the preset 24 GB."
-            )
-        index = 0
-    return tuple(plan for plan in PLANS[index : index + 2] if joint.kind in plan.kinds)
-
-
-def fitting(model: Any) -> int:
-    """Return the index of the largest plan that fits the device's memory; a CPU gets the first."""
-    device = model.load_device
-    if mm.is_device_cpu(device):
-        return 0
-    total = mm.get_total_memory(device) / GIB
-    return 0 if total > 20 else 1 if total > 10 else 2
-
-
-def weight_type(plan: Plan, model: Any) -> torch.dtype:
-    """Return bfloat16 if the plan asks for it and the device computes in it, otherwise float32.
-
-    float16 is never used, because its gradients vanish without loss scaling.
-    """
-    half = plan.half and not mm.is_device_cpu(model.load_device)
-    return torch.bfloat16 if half and mm.should_use_bf16(model.load_device) else torch.float32
-
-
-def estimate(models: GraphModels, plan: Plan, em: EMSettings) -> float:
-    """Estimate how many bytes a run takes on the device, for weights and for activations with gradients."""
-    size = weight_type(plan, models.model).itemsize
-    weights = size * sum(weight.numel() for weight in models.model.model.parameters())
-    weights += sum(
-        weight.numel() * weight.element_size() for weight in models.clip.patcher.model.parameters()
-    )
-    side = (em.image_side or models.image_side) // models.factor
-    latent = [min(em.batch, plan.batch), models.channels, side, side]
-    forward = models.model.model.memory_required(latent)
-    return weights + forward * (CHECKPOINTED if plan.checkpointing else ACTIVATIONS)
-
-
-def preflight(bytes_needed: float, plan: Plan, model: Any) -> None:
-    """Log how much memory a run will take, and warn if the device has less."""
-    needed = bytes_needed / GIB
-    logging.info("Learning concepts with preset %s: about %.1f GB needed.", plan.name, needed)
-    if mm.is_device_cpu(model.load_device):
-        return
-    total = mm.get_total_memory(model.load_device) / GIB
-    if needed > total:
-        logging.warning(
-            "This device has only %.1f GB; a smaller memory preset may be needed.", total
+    whole = joint.kind in WHOLE
+    fit = [plan for plan in PLANS if not (whole and plan.half)]
+    if name == AUTO:
+        first = PLANS[0] if whole or device.half is None else PLANS[2]
+    else:
+        first = PLANS[CHOICES.index(name) - 1]
+    if first not in fit:
+        raise UserError(
+            f"The joint phase {joint.kind!r} does not fit the memory plan {name!r}: it learns whole "
+            f"weights, in float32. Expected one of {', '.join(plan.name for plan in fit)}, or {AUTO!r}."
         )
+    if device.half is None and first.half and not first.fp8:
+        first = PLANS[int(first.recompute)]
+    following = fit[fit.index(first) :]
+    return tuple(plan for plan in following if can(plan, device))
+
+
+def can(plan: Plan, device: Device) -> bool:
+    """Whether a device can do as a plan says: a CPU, and a card without half precision, compute in
+    float32."""
+    return device.fp8 if plan.fp8 else device.half is not None or not plan.half
+
+
+def attempts(
+    plans: tuple[Plan, ...], device: Device, anatomy: Anatomy, job: Job
+) -> Iterator[Attempt]:
+    """Yield the plans in turn with the batch that is asked for, then, where blocks are recomputed
+    already, with smaller ones; fp8 only comes with a batch of 1 after these."""
+    for plan in plans:
+        batch = min(job.batch, 1) if plan.fp8 and len(plans) > 1 else job.batch
+        while True:
+            fewer = replace(job, batch=batch, texts=min(job.texts, batch))
+            yield attempt(plan, device, anatomy, fewer)
+            if batch == 1 or not plan.recompute:
+                break
+            batch //= 2
+
+
+def attempt(plan: Plan, device: Device, anatomy: Anatomy, job: Job) -> Attempt:
+    """Return a plan with all that follows from it."""
+    dtype = device.half if plan.half and device.half is not None else torch.float32
+    storage = FP8 if plan.fp8 else None
+    spending = Spending(dtype.itemsize, (storage or dtype).itemsize, plan.recompute)
+    return Attempt(plan, dtype, storage, job.batch, needs(anatomy, spending, job))
+
+
+def job_of(
+    models: GraphModels,
+    anatomy: Anatomy,
+    examples: tuple[Example, ...],
+    em: EMSettings,
+    joint: JointSettings,
+) -> Job:
+    """Return the largest step of a run: that of its largest picture."""
+    side = em.image_side or models.image_side
+    multiple = models.factor * 2 ** max(stage.level for stage in anatomy.stages)
+    pictures = [example.picture for example in examples]
+    sizes = [fitted_size(p.shape[-2], p.shape[-1], side, multiple) for p in pictures]
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return Job(
+        height=height // models.factor,
+        width=width // models.factor,
+        kind=joint.kind,
+        batch=em.batch,
+        texts=em.batch if em.draws_subsets else 1,
+        chunks=1 + max(len(str(example.prompt)) for example in examples) // LETTERS,
+        concepts=max(len(example.prompt.names) for example in examples),
+        rank=joint.rank,
+        masks=em.mode != "none" and em.has_attention_terms,
+    )
+
+
+def first_that_fits(tries: list[Attempt], free: float) -> int:
+    """Return the index of the first attempt that free memory suffices for, else of the smallest."""
+    fitting = [i for i, one in enumerate(tries) if one.need.device <= free]
+    smallest = min(range(len(tries)), key=lambda i: tries[i].need.device)
+    return fitting[0] if fitting else smallest
+
+
+def smaller(tries: list[Attempt], than: Attempt) -> list[Attempt]:
+    """Return the attempts after one that need no more memory."""
+    after = tries[tries.index(than) + 1 :]
+    return [one for one in after if one.need.device <= than.need.device]

@@ -7,8 +7,9 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
+import torch.nn.functional as F
 
-from ...em_core.masks.resizing import resize
+from ...em_core.masks.resizing import Size, resize
 from ...em_core.method.loop import StepEvent
 from ...em_core.method.state import RunState
 from ...em_core.pictures import Picture
@@ -32,6 +33,7 @@ class NodeProgress:
     em: EMSettings
     joint: JointSettings
     shown: float = 0.0
+    small: Picture | None = None
     bar: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,17 @@ class NodeProgress:
             return None
         self.shown = now
         labels = state.pictures[0].labels
-        height, width = labels.shape[-2:]
-        small = resize(self.picture, (height, width), "picture")
-        return ("JPEG", overlay(small, labels, max(1, SIDE // max(height, width))), 512)
+        longer = max(labels.shape[-2:])
+        size = drawn_size(labels.shape[-2], labels.shape[-1])
+        if self.small is None:
+            self.small = resize(self.picture, size, "picture")
+        # Shrunk before it leaves the device: a large picture's labels would be most of what is moved.
+        shown = F.interpolate(labels[None].float(), size, mode="nearest")[0] > 0.5
+        return ("JPEG", overlay(self.small, shown.cpu(), max(1, SIDE // longer)), 512)
+
+
+def drawn_size(height: int, width: int) -> Size:
+    """The size at which masks are drawn: their own, or with 320 pixels on the longer side if that
+    is less."""
+    scale = min(1.0, SIDE / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))

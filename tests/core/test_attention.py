@@ -27,7 +27,9 @@ def unet_layers(latent_size: tuple[int, int]) -> tuple[AttentionLayer, ...]:
     )
 
 
-def recorder_of(*layers: AttentionLayer, grad: bool = False, **select) -> AttentionRecorder:
+def recorder_of(
+    *layers: AttentionLayer, grad: bool | tuple[str, ...] = False, **select
+) -> AttentionRecorder:
     return AttentionRecorder(select, {layer.name: layer for layer in layers}, grad)
 
 
@@ -65,6 +67,28 @@ def test_gradient_reaches_the_keys_only_where_asked() -> None:
         recorder = recorder_of(layer, grad=grad, text=select)
         recorder.record("layer", q, k, heads=2)
         assert recorder.maps["layer"].requires_grad == grad
+
+
+def test_the_graph_is_kept_of_the_named_layers_alone() -> None:
+    q, k = torch.randn(1, 4, 6), nn.Parameter(torch.randn(1, 3, 6))
+    layers = [AttentionLayer(name, (2, 2)) for name in ("a", "b")]
+    recorder = recorder_of(*layers, grad=("b",), text=select_columns([[[1]]], 3))
+    for layer in layers:
+        recorder.record(layer.name, q, k, heads=2)
+    assert [recorder.maps[layer.name].requires_grad for layer in layers] == [False, True]
+
+
+def test_a_recomputation_leaves_the_first_maps() -> None:
+    """Recomputed maps would hold the graph of the recomputation; those without one are not computed."""
+    q, k = torch.randn(1, 4, 6), nn.Parameter(torch.randn(1, 3, 6))
+    layers = [AttentionLayer(name, (2, 2)) for name in ("a", "b")]
+    recorder = recorder_of(*layers, grad=("b",), text=select_columns([[[1]]], 3))
+    for layer in layers:
+        recorder.record(layer.name, q, k, heads=2)
+    first = dict(recorder.maps)
+    recorder.record("a", q, k, heads=5)  # 5 heads do not divide 6: an error, were it computed
+    recorder.record("b", q + 1, k, heads=2)
+    assert all(recorder.maps[name] is first[name] for name in first)
 
 
 def test_only_wanted_layers_are_kept() -> None:

@@ -71,7 +71,7 @@ def test_recorded_attention_is_the_models_own() -> None:
     from em_core.method.maps import recorder_for
 
     layers = host.attention_layers((16, 16))
-    recorder = recorder_for(conditioning, prompt.names, layers, host.device)
+    recorder = recorder_for(conditioning, prompt.names, layers, host)
     with host.record_attention(recorder):
         host.predict(Z, torch.tensor([0.02]), conditioning)
     (maps,) = recorder.maps.values()

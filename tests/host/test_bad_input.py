@@ -111,7 +111,7 @@ def test_full_disk(server: Server) -> None:
     [
         ({"mode": "given"}, "No mask"),
         ({"steps": 0}, "smaller than min"),
-        ({"joint": "full", "memory": "8 GB"}, "does not fit"),
+        ({"joint": "full", "memory": "half"}, "does not fit"),
     ],
     ids=["no-masks", "no-steps", "no-memory"],
 )

@@ -172,12 +172,15 @@ def test_finished_run_is_found_after_a_restart(comfyui, server: Server) -> None:
     before = len(server.log_text())
     server.run(p.b.graph)
     log = server.log_text()[before:]
-    assert "learned before" in log and "Learning concepts with" not in log
+    assert "learned before" in log and "GB free" not in log
     assert (server.base / "models" / "visual_concepts" / "found.safetensors").read_bytes() == first
-    other = learning(seed=11, steps=6, memory="12 GB")
-    other.b.add("TestDump", value=other.learn[1], name="other_preset")
+    other = learning(seed=11, steps=6, memory="float32, recomputing")
+    other.b.add("TestDump", value=other.learn[1], name="other_plan")
     server.run(other.b.graph)
-    assert "Learning concepts with preset 12 GB" in server.log_text()[before:]
+    log = server.log_text()[before:]
+    assert re.search(
+        r"model, tokens: 0\.\d GB of \d+\.\d GB free \(memory plan float32, recomputing", log
+    )
 
 
 def test_a_run_that_cannot_be_told_from_others_is_not_kept(server: Server) -> None:
@@ -212,16 +215,23 @@ def test_a_store_that_cannot_be_written_loses_nothing(server: Server) -> None:
     assert (server.base / "models" / "visual_concepts" / "kept.safetensors").is_file()
 
 
-def test_next_smaller_preset_after_out_of_memory(server: Server) -> None:
-    p = learning("TestOutOfMemory", {"limit": 1}, memory="12 GB", batch=2, seed=21)
+def test_smaller_plans_in_turn_after_out_of_memory(server: Server) -> None:
+    """A CPU recomputes, then takes fewer samples; all that has been learned is kept."""
+    p = learning("TestOutOfMemory", {"limit": 1}, batch=2, seed=21)
     p.b.add("TestDump", value=p.learn[3], name="fallback")
+    before = len(server.log_text())
     server.run(p.b.graph)
     assert len(server.dumped("fallback")) == 8
-    assert "Out of memory with preset 12 GB" in server.log_text()
+    log = server.log_text()[before:]
+    assert log.index("Out of memory with the plan float32 (") < log.index(
+        "Out of memory with the plan float32, recomputing ("
+    )
+    assert log.count("GB free (memory plan float32") == 3
+    assert "Samples per step: 1 instead of 2." in log
 
 
 def test_clear_error_when_memory_never_suffices(server: Server) -> None:
-    p = learning("TestOutOfMemory", {"limit": 0}, memory="12 GB", batch=2, seed=22)
+    p = learning("TestOutOfMemory", {"limit": 0}, batch=2, seed=22)
     p.b.add("TestDump", value=p.learn[3], name="never")
     with pytest.raises(Failed, match="Not enough memory"):
         server.run(p.b.graph)

@@ -1,0 +1,381 @@
+"""How many bytes of a device a run takes, computed from a model's anatomy instead of tried.
+
+The numbers are those of a latent diffusion UNet with frozen weights whose attention runs in a fused
+kernel: what autograd keeps is then proportional to the pixels. `tests/host/test_memory.py` compares
+them with a count of every tensor of the real steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..settings import WeightKind
+from .layers import REGION_SIDE
+
+GIB = 2**30
+FLOAT = 4
+TOKENS = 77
+PASSES = 10
+# What lies outside the tensors: the CUDA context, workspaces of kernels, parts of the allocator's
+# blocks that fit nothing; the last grows with what is allocated.
+RESERVE_BYTES = 0.5 * GIB
+RESERVE_SHARE = 0.04
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual block from `inputs` to `outputs` channels on a latent halved `level` times.
+
+    `skipped`: its group's output is kept for the way up.
+    """
+
+    inputs: int
+    outputs: int
+    level: int
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """`depth` transformer blocks, of attention over the pixels, over the text, and a gated layer."""
+
+    channels: int
+    depth: int
+    heads: int
+    text_width: int
+    level: int
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """A convolution that halves or doubles the latent; `level` is that of its larger side."""
+
+    channels: int
+    level: int
+    skipped: bool = False
+
+
+Stage = Residual | Transformer | Resampling
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A CLIP text encoder; `quick`: its activation is x sigmoid(1.702 x), which keeps more."""
+
+    width: int
+    layers: int
+    bytes: int
+    weights: int
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the bytes of a run depend on, as a host reads it off its model.
+
+    Attributes:
+        stages: of the UNet, in the order in which they run.
+        matrices, small: numbers of the UNet's weights with two axes and more, and of the others.
+        text: the text encoders.
+        lora_width: sum of the inputs and outputs of all layers that a LoRA acts on.
+        crossing: number of weights of cross-attention's keys and values.
+    """
+
+    stages: tuple[Stage, ...]
+    matrices: int
+    small: int
+    text: tuple[TextEncoder, ...]
+    lora_width: int
+    crossing: int
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How a run spends memory.
+
+    Attributes:
+        compute: bytes of a number in the UNet's activations.
+        storage: bytes of a number in its matrices while they rest.
+        recompute: whether blocks are computed again in the backward pass.
+    """
+
+    compute: int = 2
+    storage: int = 2
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step works on.
+
+    Attributes:
+        height, width: of the latent.
+        kind: what is learned besides the tokens' vectors.
+        batch: noise samples of a step.
+        texts: distinct prompts among them.
+        chunks: of 77 pieces in the longest prompt.
+        concepts: in the prompt.
+        rank: of the LoRA.
+        masks: whether the loss looks at attention maps.
+    """
+
+    height: int
+    width: int
+    kind: WeightKind = "none"
+    batch: int = 1
+    texts: int = 1
+    chunks: int = 1
+    concepts: int = 2
+    rank: int = 4
+    masks: bool = True
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a run, by what they are for.
+
+    Attributes:
+        weights: of UNet and text encoders.
+        trained: parameters, gradients and the optimizer's moments of what is learned besides tokens.
+        saved: what a step keeps for its backward pass, text encoders included.
+        working: the largest of what comes and goes while that is kept.
+        one_pass: of each pass without gradients of those that go through the UNet together.
+        regions: of recording how pixels attend to one another, at the start of a run.
+        passes: how many passes go through the UNet together.
+    """
+
+    weights: float
+    trained: float
+    saved: float
+    working: float
+    one_pass: float
+    regions: float
+    passes: int
+
+    @property
+    def step(self) -> float:
+        """Bytes of a step beyond what is there between the steps."""
+        return self.saved + self.working
+
+    @property
+    def peak(self) -> float:
+        """The most that tensors take at a time."""
+        reading = self.passes * self.one_pass + self.regions
+        return self.weights + max(self.trained + self.step, reading)
+
+    @property
+    def device(self) -> float:
+        """What has to be free on the device: the peak, and what no tensor shows."""
+        return self.peak * (1 + RESERVE_SHARE) + RESERVE_BYTES
+
+
+def needs(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
+    """The bytes of a run on a model.
+
+    Where blocks are computed again, no more passes go through the UNet together than take a step's
+    memory; otherwise a step takes more than they do.
+    """
+    saved = saved_bytes(anatomy, spending, job) + text_bytes(anatomy, job)
+    working = working_bytes(anatomy, spending, job)
+    one_pass, regions = pass_bytes(anatomy, spending, job), region_bytes(anatomy, job)
+    fit = int((saved + working - regions) // one_pass)
+    return Need(
+        weights=weight_bytes(anatomy, spending, job),
+        trained=trained_bytes(anatomy, job),
+        saved=saved,
+        working=working,
+        one_pass=one_pass,
+        regions=regions,
+        passes=max(1, min(PASSES, fit)) if spending.recompute else PASSES,
+    )
+
+
+def weight_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
+    """Of UNet and text encoders; these are in the types in which they were loaded, unless they are
+    learned themselves."""
+    unet = anatomy.matrices * spending.storage + anatomy.small * spending.compute
+    full = job.kind == "full"
+    return unet + sum(FLOAT * e.weights if full else e.bytes for e in anatomy.text)
+
+
+def trained_bytes(anatomy: Anatomy, job: Job) -> float:
+    """Parameter, gradient and two moments in float32. Whole weights are among the weights already,
+    but what they were before is kept; an optimizer's step on a LoRA takes as much again for a time."""
+    if job.kind == "lora":
+        return 5 * FLOAT * job.rank * anatomy.lora_width
+    text = sum(encoder.weights for encoder in anatomy.text)
+    every = anatomy.matrices + anatomy.small + text
+    return 4 * FLOAT * {"none": 0, "cross_attention": anatomy.crossing, "full": every}[job.kind]
+
+
+def pixels(job: Job, level: int) -> int:
+    """Of all samples, after so many halvings."""
+    height, width = job.height, job.width
+    for _ in range(level):
+        height, width = -(-height // 2), -(-width // 2)
+    return job.batch * height * width
+
+
+def kept_of(stage: Stage, spending: Spending, job: Job) -> float:
+    """Bytes that one block keeps for its backward pass, its input included."""
+    n, size = pixels(job, stage.level), spending.compute
+    if isinstance(stage, Residual):
+        # Inputs of two normalisations and of the activations after them.
+        channels = 2 * stage.inputs + 2 * stage.outputs
+        if job.kind == "full":
+            channels += stage.inputs + stage.outputs
+        return n * channels * size
+    if isinstance(stage, Resampling):
+        return n * stage.channels * size if job.kind == "full" else 0.0
+    # Three normalisations' inputs, q, k, v and output of attention to the pixels, q and output of that
+    # to the text, and the gated layer's two halves, the activated gate and their product's parts.
+    channels = {"none": 21, "cross_attention": 21, "lora": 23, "full": 28}[
+        job.kind
+    ] * stage.channels
+    statistics = 2 * stage.heads * FLOAT + 6 * FLOAT
+    text = 2 * stage.channels * TOKENS * job.chunks * job.batch * size
+    return n * (channels * size + statistics) + text
+
+
+def depth_of(stage: Stage) -> int:
+    return stage.depth if isinstance(stage, Transformer) else 1
+
+
+def learning_stages(anatomy: Anatomy, job: Job) -> Sequence[Stage]:
+    """The stages that a gradient passes: before the first text is read, none has to."""
+    if job.kind == "full":
+        return anatomy.stages
+    first = next(i for i, stage in enumerate(anatomy.stages) if isinstance(stage, Transformer))
+    return anatomy.stages[first:]
+
+
+def outside(stage: Stage, spending: Spending, job: Job) -> float:
+    """Bytes that a stage keeps whether or not its blocks are computed again: the input of a
+    transformer's normalisation."""
+    if isinstance(stage, Transformer):
+        return pixels(job, stage.level) * stage.channels * spending.compute
+    return 0.0
+
+
+def input_of(stage: Stage, spending: Spending, job: Job) -> float:
+    """Bytes of the input of one of a stage's blocks."""
+    channels = stage.inputs if isinstance(stage, Residual) else stage.channels
+    return pixels(job, stage.level) * channels * spending.compute
+
+
+def saved_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
+    """What the UNet keeps for the backward pass of a step."""
+    total = 0.0
+    for stage in learning_stages(anatomy, job):
+        block = input_of if spending.recompute else kept_of
+        if not (spending.recompute and isinstance(stage, Resampling)):
+            total += depth_of(stage) * block(stage, spending, job)
+        total += outside(stage, spending, job)
+    if job.masks and not spending.recompute:
+        total += sum(recorded_bytes(stage, job) for stage in loss_stages(anatomy, job))
+    return total
+
+
+def loss_stages(anatomy: Anatomy, job: Job) -> list[Transformer]:
+    """The transformers whose maps the loss looks at: of the size nearest to 16x16, but not the
+    innermost."""
+    deepest = max(stage.level for stage in anatomy.stages)
+    inner = [i for i, s in enumerate(anatomy.stages) if s.level == deepest]
+    middle = inner[len(inner) // 2]
+    transformers = [
+        s for i, s in enumerate(anatomy.stages) if isinstance(s, Transformer) and i != middle
+    ]
+    nearest = min(
+        (abs((pixels(job, s.level) / job.batch) ** 0.5 - 16) for s in transformers), default=0.0
+    )
+    return [
+        s for s in transformers if abs((pixels(job, s.level) / job.batch) ** 0.5 - 16) == nearest
+    ]
+
+
+def recorded_bytes(stage: Transformer, job: Job) -> float:
+    """What recording a stage's maps keeps: queries and softmax in float32."""
+    columns = TOKENS * job.chunks * stage.heads
+    return stage.depth * pixels(job, stage.level) * (stage.channels + columns) * FLOAT
+
+
+def working_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
+    """What comes and goes in the backward pass: gradients and, where blocks are computed again,
+    the largest one."""
+    stages = learning_stages(anatomy, job)
+    gradients = max(gradient_bytes(stage, spending, job) for stage in stages)
+    if not spending.recompute:
+        return gradients
+    again = 0.0
+    looked_at = loss_stages(anatomy, job) if job.masks else []
+    for stage in stages:
+        block = kept_of(stage, spending, job) + gradient_bytes(stage, spending, job)
+        if isinstance(stage, Transformer) and stage in looked_at:
+            block += recorded_bytes(stage, job) / stage.depth
+        again = max(again, block)
+    return again
+
+
+def gradient_bytes(stage: Stage, spending: Spending, job: Job) -> float:
+    """Gradients that live at a time while a block's backward pass runs."""
+    if isinstance(stage, Residual):
+        channels = stage.inputs + 2 * stage.outputs
+    elif isinstance(stage, Resampling):
+        channels = 2 * stage.channels
+    else:
+        channels = 13 * stage.channels
+    return pixels(job, stage.level) * channels * spending.compute
+
+
+def text_bytes(anatomy: Anatomy, job: Job) -> float:
+    """What the text encoders keep, in float32: copies of all that they save, since they add in place."""
+    tokens = job.texts * job.chunks * TOKENS
+    total = 0.0
+    for encoder in anatomy.text:
+        widths = 6 + (12 if encoder.quick else 4) + (2 if job.kind == "lora" else 0)
+        total += tokens * widths * encoder.width * encoder.layers * FLOAT
+    return total
+
+
+def pass_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
+    """Bytes of one sample's pass without gradients: what is kept for the way up, and the largest
+    block's own."""
+    one = Job(job.height, job.width, chunks=job.chunks)
+    kept = sum(
+        pixels(one, s.level + isinstance(s, Resampling)) * out_channels(s) * spending.compute
+        for s in anatomy.stages
+        if s.skipped
+    )
+    return kept + max(own_bytes(stage, spending, one) for stage in anatomy.stages)
+
+
+def region_bytes(anatomy: Anatomy, job: Job) -> float:
+    """What recording self-attention takes: the maps of all layers of the size that regions are read
+    from, and one sample's softmax."""
+    cells = {s: pixels(job, s.level) // job.batch for s in anatomy.stages}
+    fit = [s for s, n in cells.items() if isinstance(s, Transformer) and n <= REGION_SIDE**2]
+    finest = max((cells[s] for s in fit), default=0)
+    read = [s for s in anatomy.stages if s in fit and cells[s] == finest]
+    depth, heads = sum(depth_of(s) for s in read), max((s.heads for s in fit), default=0)
+    return (depth + heads) * FLOAT * finest**2
+
+
+def out_channels(stage: Stage) -> int:
+    return stage.outputs if isinstance(stage, Residual) else stage.channels
+
+
+def own_bytes(stage: Stage, spending: Spending, job: Job) -> float:
+    """What a block holds at a time in a pass without gradients, its maps' softmax included."""
+    n, size = pixels(job, stage.level), spending.compute
+    if isinstance(stage, Residual):
+        return n * (3 * stage.inputs + 2 * stage.outputs) * size
+    if isinstance(stage, Resampling):
+        return n * 2 * stage.channels * size
+    gated = 20 * stage.channels * size
+    recorded = 2 * TOKENS * job.chunks * stage.heads * FLOAT + 2 * stage.channels * FLOAT
+    return n * max(gated, 4 * stage.channels * size + recorded)
+
+
+def describe(what: str, need: float, free: float) -> str:
+    """What a run needs and what there is, for people: `SDXL, LoRA: 9.8 GB of 11.2 GB free`."""
+    return f"{what}: {need / GIB:.1f} GB of {free / GIB:.1f} GB free"
