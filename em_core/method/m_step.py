@@ -14,7 +14,6 @@ from ..masks.resizing import resize
 from ..model.layers import loss_layers, mask_layers
 from ..model.protocol import Conditioning, loss_scale, to_host
 from ..model.recording import AttentionMaps, mean_maps
-from ..prompts import ConceptVectors
 from ..settings import EMSettings
 from . import losses
 from .maps import like_noise, one_time, recorder_for
@@ -154,6 +153,8 @@ def forward_backward(
     host = problem.host
     drawn = draw(problem, state, generator)
     prepared = problem.pictures[drawn.index]
+    if first:
+        require_reached(problem, state, drawn)
     conditioning = condition(problem, state, drawn)
     wanted = recorded_layers(problem, prepared, state.phase)
     layers = [layer for layer in prepared.layers if layer.name in wanted]
@@ -165,29 +166,32 @@ def forward_backward(
         Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
         prediction = host.predict(Z_t, drawn.t, conditioning)
         terms = loss_terms(problem, state, drawn, prediction, recorder.maps)
-        if first:
-            require_reached(state.vectors, drawn, terms["diffusion"] * loss_scale(host))
         add_gradient(terms["total"], host)
     return drawn, terms, recorder.maps
 
 
-def require_reached(vectors: ConceptVectors, drawn: Draw, loss: Float[Tensor, ""]) -> None:
+def require_reached(problem: Problem, state: RunState, drawn: Draw) -> None:
     """Refuse a model through which the diffusion loss gives the drawn concepts no gradient.
 
-    Eq. 4 alone would go on as if all were well, since it is taken before the attention's output.
+    Eq. 4 alone would go on as if all were well, since it is taken before the attention's output. It
+    is looked at in a pass of its own, since a graph that is used twice keeps all that is recomputed.
 
     Raises:
         UserError: it does not reach the vectors of some concept.
     """
+    host = problem.host
+    Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
+    prediction = host.predict(Z_t, drawn.t, condition(problem, state, drawn))
+    plain = replace(problem.settings, attention_weight=0.0, end_of_text_weight=0.0)
+    alone = replace(problem, settings=plain)
+    loss = loss_terms(alone, state, drawn, prediction, {})["diffusion"] * loss_scale(host)
     if not loss:  # nothing to learn: the masks are empty
         return
-    present = {name: vectors[name] for subset in drawn.subsets for name in subset}
+    present = {name: state.vectors[name] for subset in drawn.subsets for name in subset}
     named = named_vectors(present)
     gradients: Sequence[Tensor | None] = [None] * len(named)
     if loss.requires_grad:
-        gradients = torch.autograd.grad(
-            loss, list(named.values()), retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     cut = [n for n, g in zip(named, gradients, strict=True) if g is None or not g.any()]
     if cut:
         concepts = dict.fromkeys(name.split("/")[1] for name in cut)

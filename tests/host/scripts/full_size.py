@@ -75,6 +75,8 @@ def clip(family: str) -> comfy.sd.CLIP:
 class Autoencoder:
     """What identifying a graph's models asks of a VAE."""
 
+    first_stage_model, latent_channels, latent_dim = True, 4, 2
+
     def spacial_compression_encode(self) -> int:
         return 8
 

@@ -233,10 +233,10 @@ def run_failing(
     loop, steps, left = part("em_core.method.loop"), [], dict(errors)
     m_step, progress = loop.m_step, FLOW.NodeProgress.__call__
 
-    def failing(problem: Any, state: Any) -> Any:
+    def failing(problem: Any, state: Any, first: bool) -> Any:
         if state.step in left:
             raise left[state.step] if again else left.pop(state.step)
-        return m_step(problem, state)
+        return m_step(problem, state, first)
 
     def noting(self: Any, event: Any, state: Any) -> None:
         steps.append(event.step)
