@@ -1,0 +1,96 @@
+"""Write docs/memory.md from results/memory.jsonl: what each plan needs, and the smallest card for it.
+
+    python benchmarks/memory.py            the document from the counts that are there
+    python benchmarks/memory.py --count    counts again first, in ComfyUI's Python (some ten minutes)
+
+A line of the counts is one family, size, kind and plan: the peak of tensors in real steps at full size,
+and what the model of memory (em_core/model/memory.py) says of it. tests/host/test_memory.py holds both
+to each other.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COUNTS, DOCUMENT = ROOT / "benchmarks" / "results" / "memory.jsonl", ROOT / "docs" / "memory.md"
+GIB = 2**30
+CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
+DESKTOP = 0.7  # GiB that a driver and a desktop take of a card, assumed
+FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+KINDS = {
+    "none": "tokens",
+    "lora": "LoRA",
+    "cross_attention": "cross-attention",
+    "full": "all weights",
+}
+HEAD = """# What learning needs of a graphics card
+
+Written by `benchmarks/memory.py`; do not edit. No graphics card was used: *counted* is the peak of all
+tensors in real steps of ComfyUI's own classes at full size, on torch's meta device, with attention that
+keeps what every fused kernel keeps. *Estimated* is what the nodes go by. *Free* is the estimate and a
+reserve for what no tensor shows (the CUDA context, workspaces, fragmentation): 0.5 GiB and 4%. The card
+is the smallest on which that is free when a desktop takes {desktop} GiB, by the estimate alone.
+
+Batch 1, two concepts, a prompt of at most 75 pieces. Text encoders are in fp16, as checkpoints have
+them. *float32* is for cross-attention and all weights; *recomputing* takes longer; *fp8* is the type in
+which the UNet's matrices rest, not that of the computation.
+
+| family | pixels | learns | plan | weights | step | counted | estimated | free | card |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def count() -> None:
+    """Count the whole grid in ComfyUI's Python and keep the lines."""
+    sys.path.insert(0, str(ROOT / "tests" / "host"))
+    from found import FOUND, run_script
+    from test_memory import GRID
+
+    if not FOUND:
+        sys.exit("No ComfyUI found; see CONTRIBUTING.md.")
+    said = run_script(FOUND[0], "counted.py", *GRID, timeout=7200)
+    lines = [line for line in said.splitlines() if line.startswith("{")]
+    COUNTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def card(need: float) -> str:
+    """The smallest card on which so many bytes are free."""
+    fit = [size for size in CARDS if size - DESKTOP >= need / GIB]
+    return f"{fit[0]} GB" if fit else "none"
+
+
+def row(found: dict[str, Any]) -> str:
+    """One line of the table, in GiB."""
+    parts = found["parts"]
+    step = parts["trained"] + parts["saved"] + parts["working"]
+    sizes = (found["weights"], step, found["peak"], found["estimate"], found["need"])
+    cells = [
+        FAMILIES[found["family"]],
+        str(found["side"]),
+        KINDS[found["kind"]],
+        found["plan"],
+        *(f"{size / GIB:.1f}" for size in sizes),
+        card(found["need"]),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count if asked to, then write the document."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", action="store_true", help="count again first")
+    if parser.parse_args(argv).count:
+        count()
+    found = [json.loads(line) for line in COUNTS.read_text(encoding="utf-8").splitlines()]
+    worst = max(abs(one["estimate"] / one["peak"] - 1) for one in found)
+    tail = f"\nOf {len(found)} cases, the estimate is off by {worst:.1%} at most.\n"
+    text = HEAD.format(desktop=DESKTOP) + "".join(map(row, found)) + tail
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
