@@ -142,6 +142,7 @@ class Need:
         one_pass: of each pass without gradients of those that go through the UNet together.
         regions: of recording how pixels attend to one another, at the start of a run.
         passes: how many passes go through the UNet together.
+        gradients: of `trained`, what only comes while `saved` goes.
     """
 
     weights: float
@@ -151,6 +152,7 @@ class Need:
     one_pass: float
     regions: float
     passes: int
+    gradients: float = 0.0
 
     @property
     def step(self) -> float:
@@ -161,7 +163,8 @@ class Need:
     def peak(self) -> float:
         """The most that tensors take at a time."""
         reading = self.passes * self.one_pass + self.regions
-        return self.weights + max(self.trained + self.step, reading)
+        learning = self.trained - self.gradients + self.step
+        return self.weights + max(learning, self.trained, reading)
 
     @property
     def device(self) -> float:
@@ -187,6 +190,7 @@ def needs(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
         one_pass=one_pass,
         regions=regions,
         passes=max(1, min(PASSES, fit)) if spending.recompute else PASSES,
+        gradients=trained_bytes(anatomy, job) / (5 if job.kind == "lora" else 4),
     )
 
 
