@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,14 @@ import comfy.model_management as mm
 import comfy.utils
 import torch.nn.functional as F
 
+from ...em_core.errors import Notice
 from ...em_core.masks.resizing import Size, resize
 from ...em_core.method.loop import StepEvent
 from ...em_core.method.state import RunState
 from ...em_core.pictures import Picture
 from ...em_core.settings import EMSettings, JointSettings
 from ...em_core.show.drawing import overlay
+from ...em_core.show.words import say_missing
 
 SECONDS = 0.5
 SIDE = 320
@@ -22,7 +25,8 @@ SIDE = 320
 
 @dataclass
 class NodeProgress:
-    """A listener that advances the node's bar each step and shows the masks at most twice a second.
+    """A listener that advances the node's bar each step, shows the masks at most twice a second, and
+    tells which concepts were not found.
 
     Attributes:
         picture: the first example's picture.
@@ -34,6 +38,7 @@ class NodeProgress:
     joint: JointSettings
     shown: float = 0.0
     small: Picture | None = None
+    said: str = ""
     bar: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +49,10 @@ class NodeProgress:
         """Show an event, and raise ComfyUI's interrupt if the user asked to stop."""
         if event.phase == "start":
             logging.info("Learning has begun: the first masks are there.")
+        missing = say_missing(event.missing, len(state.pictures))
+        if event.masks and missing != self.said:
+            self.said = missing
+            warnings.warn(missing or "All concepts are found now.", Notice, stacklevel=2)
         done = event.step + (self.em.steps if event.phase == "joint" else 0)
         self.bar.update_absolute(done, self.total, self.preview(state))
         mm.throw_exception_if_processing_interrupted()

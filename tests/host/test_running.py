@@ -313,3 +313,32 @@ def test_discover_takes_one_picture(server: Server) -> None:
     b.add("TestDump", value=found[1], name="unreached")
     with pytest.raises(Failed, match="Expected one picture, got a batch of 2"):
         server.run(b.graph)
+
+
+def test_what_was_not_found_is_told(server: Server) -> None:
+    """Four stars are asked for; the picture has one. Learning goes on with what was found."""
+    b = Builder()
+    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="A")
+    text = "a photo of <a:star> and <b:star> and <c:star> and <d:star>"
+    example = b.add("ConceptExample", image=scene, prompt=text)
+    learn = b.add(
+        "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=example, mode="em",
+        steps=2, seed=0, joint="none", memory="auto",
+    )  # fmt: skip
+    b.add("TestDump", value=learn[1], name="some_masks")
+    before = len(server.log_text())
+    server.run(b.graph)
+    assert "nothing found; name it by another word, or paint a mask" in server.log_text()[before:]
+    found = b.add(
+        "ExtractLatentMasks",
+        model=model,
+        clip=model[1],
+        vae=model[2],
+        image=scene,
+        prompt=text,
+        passes=5,
+    )
+    b.add("TestDump", value=found, name="extracted")
+    before = len(server.log_text())
+    server.run(b.graph)
+    assert "nothing found; name it by another word, or paint a mask" in server.log_text()[before:]
