@@ -301,7 +301,7 @@ def main() -> None:
         for i, row in enumerate(pool.imap_unordered(one, todo), start=1):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            said = row["given"][-1] if "given" in row else row["missing"]
+            said = row["given"][-1] if "given" in row else row.get("missing", row.get("count"))
             which = [row[key] for key in ("case", "scene", "seed", "arm")]
             print(f"{i}/{len(todo)}", *which, said, row["seconds"], "s", file=sys.stderr)
 

@@ -32,7 +32,7 @@ from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, load_host, require_folder
 
 SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
-SEED, SET = 3, "J"
+SEED, SET = 12, "J"
 SCALE = 3
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
@@ -130,7 +130,7 @@ def write_pictures(problem: Problem, state: RunState, film: Film, out: Path) -> 
     first, last = min(film.frames), max(film.frames)
     save_image(out / "overlay_start.png", film.frames[first])
     save_image(out / "overlay_end.png", film.frames[last])
-    titles = ["start" if step == 0 else f"step {step}" for step in film.frames]
+    titles = ["start = fixed" if step == 0 else f"step {step}" for step in film.frames]
     truth = torch.stack(list(problem.pictures[0].truth.values()))
     frames = {"masks": [*film.frames.values(), overlay(film.picture, truth, SCALE)]}
     save_image(out / "masks_evolving.png", sheet(frames, [*titles, "truth"], side=128))
