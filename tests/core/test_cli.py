@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from em_core.__main__ import main
 from em_core.commands.common import load_host
+from em_core.demo.scenes import concept_scene
 from em_core.errors import StoreWarning
 from em_core.model.adapters import init_lora
 from em_core.pictures import read_mask
@@ -134,8 +135,8 @@ def no_image(file: Path) -> None:
 
 def save_mode(mode: str):
     def save(file: Path) -> None:
-        pixels = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels)
+        image = Image.fromarray(concept_scene(160, "A").image).resize((80, 48))
+        pixels = np.asarray(image)
         image = (
             Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
             if mode == "I;16"

@@ -200,12 +200,12 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(
 @pytest.mark.parametrize(
     ("kind", "what", "passed", "step"),
     [
-        # A pass a step; E-steps at 4, 8 and 12 read what these have seen.
-        ("none", "predict", 5, ("em", 5)),
+        # A pass a step and one more in the first; E-steps at 4, 8 and 12 read what these have seen.
+        ("none", "predict", 6, ("em", 5)),
         ("none", "E-step", 1, ("em", 7)),
-        ("lora", "predict", 14, ("joint", 2)),
-        ("full", "predict", 14, ("joint", 2)),
-        ("cross_attention", "encode_prompts", 14, ("joint", 2)),
+        ("lora", "predict", 15, ("joint", 2)),
+        ("full", "predict", 15, ("joint", 2)),
+        ("cross_attention", "encode_prompts", 15, ("joint", 2)),
     ],
 )
 def test_a_step_that_fails_did_not_happen(
