@@ -32,8 +32,9 @@ class MaskSettings:
             the concept's best region.
         rivals: words that are added to the prompt while masks are read, so that what the prompt does
             not name has a word to go to, such as " and a thing". "" adds none (VCD).
-        acceptance: share of the present mask's agreement with fresh maps that a new mask must reach
-            to take its place; 0 takes every mask that the guards believe (VCD).
+        acceptance: how many times the present mask's agreement (correlation) with fresh maps and the
+            start's a new mask must reach to take its place; 0 takes every mask that the guards believe
+            (VCD).
     """
 
     init_timesteps: int = 50
@@ -48,7 +49,7 @@ class MaskSettings:
     regions: float | None = 0.08
     share: float = 0.6
     rivals: str = ""
-    acceptance: float = 1.0
+    acceptance: float = 1.05
 
     def __post_init__(self) -> None:
         passes, tau = self.init_timesteps, self.threshold

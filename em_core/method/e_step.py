@@ -62,8 +62,8 @@ def e_step_picture(
 ) -> PictureState:
     """New maps and masks of one picture.
 
-    A new mask takes the present one's place if the guards believe it and it agrees with maps that
-    neither was made from as well as the present one does.
+    A new mask takes the present one's place if the guards believe it and it agrees better than that
+    with maps that neither was made from; see `MaskSettings.acceptance`.
     """
     settings = problem.settings
     maps, fresh = latest_maps(problem, state, prepared, picture, generator)
@@ -71,7 +71,7 @@ def e_step_picture(
     estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     if settings.masks.acceptance:
-        judge = resize(fresh, prepared.size, "map")
+        judge = resize(evidence_for(picture, fresh), prepared.size, "map")
         present = agreement(judge, picture.labels) * picture.found
         accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
     masks, labels = estimate.weights(settings.masks.soft), estimate.masks
@@ -88,7 +88,19 @@ def e_step_picture(
         labels=labels,
         found=(picture.found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
         regions=picture.regions,
+        first=picture.first,
     )
+
+
+def evidence_for(
+    picture: PictureState, fresh: Float[Tensor, "k h w"]
+) -> Float[Tensor, "k h w"]:
+    """What masks are judged by: fresh maps and those of the start, half and half.
+
+    A token that was learned under a wrong mask attends to what is wrong, and its fresh maps prefer
+    it. The start's maps know nothing of that.
+    """
+    return fresh if picture.first is None else (min_max(fresh) + min_max(picture.first)) / 2
 
 
 def without_taken(

@@ -102,6 +102,7 @@ def first_masks(
         labels=estimate.masks,
         found=settings.masks.guards.accept(estimate.masks, estimate.thresholded),
         regions=found.regions,
+        first=found.maps,
     )
 
 

@@ -26,6 +26,7 @@ class PictureState:
         labels: [k, H, W] the same as labels.
         found: [k] whether a concept has a mask worth learning under.
         regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
+        first: [k, h, w] the maps of the first masks, which no learning has touched; None without them.
     """
 
     maps: Float[Tensor, "k h w"]
@@ -35,6 +36,7 @@ class PictureState:
     labels: Bool[Tensor, "k H W"]
     found: Bool[Tensor, " k"]
     regions: Int[Tensor, "_h _w"] | None = None
+    first: Float[Tensor, "k h w"] | None = None
 
 
 @dataclass(frozen=True)

@@ -364,6 +364,15 @@ def test_acceptance_is_the_share_of_the_present_agreement(
     assert torch.equal(after.labels[0], LEFT if taken else TOP & LEFT)
 
 
+def test_the_start_speaks_too(new_masks) -> None:
+    """Fresh maps alone agree with the new mask 1.73 times as well; with the start's, 1.04 times."""
+    alone = picture_state(TOP & LEFT, RIGHT)
+    both = replace(alone, first=torch.stack([TOP & LEFT, RIGHT]).float())
+    for before, acceptance, taken in ((alone, 1.7, True), (both, 1.05, False), (both, 1.03, True)):
+        after = new_masks([LEFT, RIGHT], [LEFT, RIGHT], before, acceptance=acceptance)
+        assert torch.equal(after.labels[0], LEFT if taken else TOP & LEFT)
+
+
 def test_a_new_mask_that_the_guards_refuse_is_not_taken(new_masks) -> None:
     """A speck stays out, beside a mask that is taken; without the guard it comes in."""
     before = picture_state(TOP & LEFT, TOP & RIGHT)
