@@ -9,7 +9,8 @@ from torch import Tensor
 from ..em_core.model.adapters import DIFF, DOWN, UP
 from ..em_core.runs.concept_set import ConceptSet
 
-TEXT = re.compile(r"^(?:text_encoder|clip_[lgh]\.transformer)\.(?:text_model\.)?(?=.)")
+TEXT = re.compile(r"^(?:text_encoder(?:_2)?|clip_[lgh]\.transformer)\.(?:text_model\.)?(?=.)")
+SECOND = ("clip_g.", "text_encoder_2.")
 BLOCKS = re.compile(
     r"^diffusion_model\.(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.*)$"
 )
@@ -48,7 +49,7 @@ def loadable(weights: Mapping[str, Tensor], lora_scale: float, sdxl: bool) -> di
 def kohya_name(path: str, sdxl: bool, blocks: int) -> str:
     """Return the name `lora_unet_...` or `lora_te_...` of a layer of either host."""
     if TEXT.match(path):
-        prefix = "lora_te" if not sdxl else "lora_te2" if path.startswith("clip_g") else "lora_te1"
+        prefix = "lora_te" if not sdxl else "lora_te2" if path.startswith(SECOND) else "lora_te1"
         return f"{prefix}_text_model_{TEXT.sub('', path).replace('.', '_')}"
     if path.startswith("unet."):
         return f"lora_unet_{path.removeprefix('unet.').replace('.', '_')}"
@@ -84,9 +85,9 @@ def difference_name(path: str) -> str:
     end = ".diff_b" if kind == "bias" else ".diff"
     if layer.startswith("unet."):
         return f"lora_unet_{layer.removeprefix('unet.').replace('.', '_')}{end}"
-    if layer.startswith("text_encoder."):
-        inner = layer.removeprefix("text_encoder.").removeprefix("text_model.")
-        return f"text_encoders.clip_l.transformer.text_model.{inner}{end}"
+    if layer.startswith("text_encoder"):
+        encoder = "clip_g" if layer.startswith(SECOND) else "clip_l"
+        return f"text_encoders.{encoder}.transformer.text_model.{TEXT.sub('', layer)}{end}"
     return (
         f"{layer}{end}" if layer.startswith("diffusion_model.") else f"text_encoders.{layer}{end}"
     )

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..examples import Example, NamedMasks
 from ..files import write_text
 from ..hosts.diffusers import DiffusersHost
-from ..hosts.loading import torch_device
+from ..hosts.loading import AUTO, DTYPES, torch_device
 from ..method.loop import StepEvent
 from ..method.state import RunState
 from ..pictures import read_mask, read_picture
@@ -28,7 +28,7 @@ def positive(text: str) -> int:
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """Add `--model` and `--device`."""
+    """Add `--model`, `--device` and `--dtype`."""
     parser.add_argument(
         "--model",
         default="demo",
@@ -36,6 +36,13 @@ def add_model(parser: ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default=AUTO,
+        help="number type of the model: auto is bfloat16 on a card that computes in it, else float32 "
+        "(default: %(default)s)",
+    )
 
 
 def add_device(parser: ArgumentParser) -> None:
@@ -45,7 +52,9 @@ def add_device(parser: ArgumentParser) -> None:
     )
 
 
-def load_host(model: str, device: str = "cpu") -> DiffusersHost:
+def load_host(
+    model: str, device: str = "cpu", dtype: str = "float32", recompute: bool = False
+) -> DiffusersHost:
     """Load the model that `--model` names.
 
     Raises:
@@ -53,7 +62,8 @@ def load_host(model: str, device: str = "cpu") -> DiffusersHost:
     """
     quiet_libraries()
     place = torch_device(device)
-    return DiffusersHost.load(model_path() if model == "demo" else model, place)
+    source = model_path() if model == "demo" else model
+    return DiffusersHost.load(source, place, dtype, recompute)
 
 
 def require_folder(out: Path) -> None:

@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Write the prompt, the masks and an overlay."""
     picture = read_picture(args.image)
-    host = load_host(args.model, args.device)
+    host = load_host(args.model, args.device, args.dtype)
     require_folder(args.out)
     prompt, found = discover(host, picture, seed=args.seed, most=args.most)
     write_text(args.out / "prompt.txt", f"{prompt}\n")

@@ -60,7 +60,7 @@ def run_command(args: argparse.Namespace) -> int:
     """Write one PNG per picture, and grid.png."""
     concepts = ConceptSet.load(args.concepts)
     prompts = [ConceptPrompt.parse(text) for text in args.prompt]
-    host = load_host(args.model, args.device)
+    host = load_host(args.model, args.device, args.dtype)
     concepts.require_fit(host.identity(), any_weights=args.any_weights)
     require_folder(args.out)
     seeds = range(args.seed, args.seed + args.count)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import write_json
+from ..hosts.loading import AUTO
 from ..masks.resizing import cut, resize
 from ..method.problem import Problem, prepare
 from ..method.start import initialise
@@ -60,6 +61,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--overwrite", action="store_true", help="replace the concepts of a finished run in --out"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="compute the model's blocks again in the backward pass, which takes less memory and more time",
+    )
     add_model(parser)
     parser.set_defaults(run=run_command)
 
@@ -156,6 +162,21 @@ def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, Join
     )
 
 
+def dtype_for(args: argparse.Namespace) -> str:
+    """Return the number type to load the model in: whole weights are learned in float32.
+
+    Raises:
+        UserError: whole weights are to be learned, and another type is asked for.
+    """
+    whole = args.joint in ("cross_attention", "full")
+    if whole and args.dtype not in (AUTO, "float32"):
+        raise UserError(
+            f"--joint {args.joint} learns whole weights, in float32; got --dtype {args.dtype}. Leave --dtype out, "
+            "or use --joint lora."
+        )
+    return "float32" if whole else args.dtype
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Learn and write the results; a run that is stopped says how to continue it."""
     require_folder(args.out)
@@ -169,7 +190,7 @@ def run_command(args: argparse.Namespace) -> int:
             "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
         )
     examples = read_examples(args.image, args.prompt, args.masks, args.truth)
-    host = load_host(args.model, args.device)
+    host = load_host(args.model, args.device, dtype_for(args), args.recompute)
     em, joint = settings_of(args, host.identity().family)
     key = run_key(model_digest(host), examples, em, joint)
     file = StateFile(state_file, key, truth_digest(examples))

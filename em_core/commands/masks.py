@@ -77,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Write masks, heat maps and an overlay."""
     picture, prompt = read_picture(args.image), ConceptPrompt.parse(args.prompt).require_concepts()
-    host = load_host(args.model, args.device)
+    host = load_host(args.model, args.device, args.dtype)
     concepts = learned_concepts(args, host)
     require_folder(args.out)
     settings = mask_settings(args, em_settings(host.identity().family).masks)

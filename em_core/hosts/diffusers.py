@@ -1,18 +1,19 @@
 """The diffusion-model protocol, implemented with diffusers, which is an optional extra.
 
-It works with any Stable Diffusion 1.x or 2.x pipeline folder, and with a single .safetensors
+It works with any Stable Diffusion 1.x, 2.x or SDXL pipeline folder, and with a single .safetensors
 checkpoint if diffusers can read it without a network.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -27,59 +28,35 @@ from ..model.adapters import (
     trainable_weights,
 )
 from ..model.identity import ModelIdentity
-from ..model.layers import AttentionLayer, halved
+from ..model.layers import AttentionLayer
 from ..model.protocol import Conditioning, TextStream
-from ..model.recording import AttentionRecorder, listening
+from ..model.recording import AttentionRecorder
 from ..model.schedules import NoiseSchedule, VariancePreserving
-from ..model.vectors import random_vectors, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors, embedding_name, require_known
 from ..runs.concept_set import ConceptSet
-from ..runs.digest import Digest
 from ..settings import WeightKind
-from .loading import load_pipeline, require_plain_model, torch_device
+from .attention import SELF, attention_layers, record_attention
+from .fingerprint import fingerprint
+from .loading import load_pipeline, number_type, require_plain_model, torch_device
+from .text import SD2_WIDTH, require_learned, require_same_places, text_encoders
 
-SD2_WIDTH = 1024
+LOSS_SCALE = 2.0**16
+PROJECTION = "text_projection.weight"
 ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
 KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
 
 
-CROSS, SELF = "attn2", "attn1"
-
-
-def attention_modules(unet: nn.Module, kind: str) -> dict[str, Any]:
-    """Map module paths to diffusers' attention modules of a kind, in network order."""
-    return {name: module for name, module in unet.named_modules() if name.endswith(kind)}
-
-
-def record_attention(
-    unet: nn.Module, recorder: AttentionRecorder
-) -> AbstractContextManager[AttentionRecorder]:
-    """Let `recorder` see a diffusers UNet's attention while the context is open."""
-    return listening(recorder, attention_modules(unet, CROSS) | attention_modules(unet, SELF))
-
-
-def attention_layers(unet: Any, latent_size: Size, kind: str = CROSS) -> tuple[AttentionLayer, ...]:
-    """Return a diffusers UNet's attention layers of a kind, from the first down block to the last up
-    block."""
-    levels = len(unet.config.block_out_channels)
-    layers: dict[str, list[AttentionLayer]] = {"down": [], "mid": [], "up": []}
-    for name in attention_modules(unet, kind):
-        stage, _, rest = name.partition("_block")
-        index = int(rest.split(".")[1]) if stage != "mid" else levels - 1
-        level = levels - 1 - index if stage == "up" else index
-        layer = AttentionLayer(name, halved(latent_size, level), localises=stage != "mid")
-        layers[stage].append(layer)
-    return (*layers["down"], *layers["mid"], *layers["up"])
-
-
-def dict_of(config: Any) -> dict[str, Any]:
-    """Return the configuration of a module of diffusers or transformers."""
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
-
-
-def is_about_files(name: str) -> bool:
-    """Return whether an entry of a configuration says where it came from, not what it does."""
-    return name.startswith("_") or name in ("transformers_version", "architectures")
+@contextmanager
+def in_full_range(vae: Any) -> Iterator[None]:
+    """Let a VAE that float16 is too narrow for compute in float32 while the context is open."""
+    narrow = vae.dtype == torch.float16 and vae.config.force_upcast
+    try:
+        if narrow:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if narrow:
+            vae.to(torch.float16)
 
 
 class DiffusersHost:
@@ -87,7 +64,9 @@ class DiffusersHost:
 
     Attributes:
         pipeline: the diffusers pipeline; its modules are frozen and in eval mode.
+        encoders: its text encoders.
         known_words: the words that the model was trained on, if it knows no others; otherwise None.
+        loss_scale: see :mod:`em_core.model.protocol`; gradients vanish in float16 unless they are scaled.
     """
 
     def __init__(
@@ -96,45 +75,57 @@ class DiffusersHost:
         device: torch.device | str = "cpu",
         known_words: frozenset[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
     ) -> None:
+        require_plain_model(pipeline)
         self.pipeline, self.known_words = pipeline, known_words
         self.device = torch.device(device)
-        self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-        require_plain_model(self.unet, self.text_encoder)
-        for module in (self.unet, self.vae, self.text_encoder):
+        self.unet, self.vae, self.encoders = pipeline.unet, pipeline.vae, text_encoders(pipeline)
+        for module in (self.unet, self.vae, *(encoder.model for encoder in self.encoders)):
             module.to(self.device, dtype).eval().requires_grad_(False)
-        width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        # The names in embedding files: OpenCLIP-H for SD 2.x, CLIP-L for SD 1.x and small models like it.
-        self.encoder = "clip_h" if width == SD2_WIDTH else "clip_l"
+        if recompute:
+            self.unet.enable_gradient_checkpointing()
+        self.loss_scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+        self.sizes: dict[Size, Float[Tensor, "1 6"]] = {}
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
         self.schedule: NoiseSchedule = VariancePreserving(
             pipeline.scheduler.alphas_cumprod.float(), config.prediction_type
         )
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_side = self.unet.config.sample_size * factor
-        self.image_multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.image_side = self.unet.config.sample_size * self.factor
+        self.image_multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @classmethod
     def load(
         cls,
         source: Path | str,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
+        recompute: bool = False,
     ) -> "DiffusersHost":
         """Load a pipeline folder, a .safetensors checkpoint, or a model on the hub by its name.
 
         If the folder has a `words.json`, the model knows only the words listed there.
 
+        Args:
+            source: the folder, file or name.
+            device: where the model runs.
+            dtype: number type of the weights, or its name; "auto" is bfloat16 on a card that computes in
+                it, else float32. Whole weights are learned in float32 only.
+            recompute: whether learning computes the UNet's blocks again in the backward pass, which takes
+                less memory and more time.
+
         Raises:
-            UserError: diffusers is not installed, or there is no such model.
+            UserError: diffusers is not installed, or there is no such model, device or number type.
         """
         words = Path(source) / "words.json"
         known = (
             frozenset(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
         )
         place = torch_device(str(device))
-        return cls(load_pipeline(source), place, known, dtype)
+        numbers = number_type(dtype, place) if isinstance(dtype, str) else dtype
+        return cls(load_pipeline(source, numbers), place, known, numbers, recompute)
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size)
@@ -144,87 +135,65 @@ class DiffusersHost:
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        posterior = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist
+        with in_full_range(self.vae):
+            posterior = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist
         return posterior.mean.float() * self.vae.config.scaling_factor
 
     def encode_prompts(
         self, prompts: Sequence[ConceptPrompt], vectors: ConceptVectors
     ) -> Conditioning:
-        """Encode prompts with the vectors in place of the concepts.
+        """Encode prompts of any length, with the vectors in place of the concepts.
 
         Raises:
-            UserError: a prompt is too long, has a word that the model does not know, or has a concept
-                without vectors.
+            UserError: a prompt has a word that the model does not know, or a concept without vectors.
         """
-        rows = [self.token_row(prompt, vectors) for prompt in prompts]
-        ids = torch.stack([ids for ids, _, _ in rows])
-        columns = tuple(columns for _, columns, _ in rows)
-        with self.concepts_in_place(columns, vectors):
-            y = self.text_encoder(ids.to(self.device))[0]
-        text = TextStream(y.shape[1], columns, tuple(end for _, _, end in rows))
-        return Conditioning({"y": y}, {"text": text})
+        rows = []
+        for prompt in prompts:
+            require_learned(prompt, vectors)
+            self.require_known(" ".join(part for part in prompt.parts if isinstance(part, str)))
+            rows.append([encoder.row(prompt, vectors) for encoder in self.encoders])
+            require_same_places(prompt, rows[-1])
+        encoded = [
+            encoder.encode(of_encoder, vectors)
+            for encoder, of_encoder in zip(self.encoders, zip(*rows, strict=True), strict=True)
+        ]
+        y, pooled = torch.cat([y for y, _ in encoded], dim=-1), encoded[-1][1]
+        columns, end = (tuple(row.columns for row, *_ in rows), tuple(row.end for row, *_ in rows))
+        inputs = {"y": y} if pooled is None else {"y": y, "pooled": pooled}
+        return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
 
-    def token_row(
-        self, prompt: ConceptPrompt, vectors: ConceptVectors
-    ) -> tuple[Int[Tensor, " t"], dict[str, tuple[int, ...]], int]:
-        """Return a prompt's token ids, each concept's positions, and the position of the end token."""
-        tokenizer = self.pipeline.tokenizer
-        ids, columns = [tokenizer.bos_token_id], {}
-        for part in prompt.parts:
-            if isinstance(part, str):
-                ids += self.pieces(part)
-                continue
-            if part.name not in vectors:
-                raise UserError(
-                    f"Concept {part.name} has not been learned. Known: {', '.join(vectors) or 'none'}."
-                )
-            count = len(vectors[part.name][self.encoder])
-            columns[part.name] = tuple(range(len(ids), len(ids) + count))
-            ids += [tokenizer.bos_token_id] * count
-        end, limit = len(ids), self.text_encoder.config.max_position_embeddings
-        if end + 1 > limit:
-            raise UserError(
-                f"The prompt {str(prompt)!r} is too long. Expected at most {limit - 2} pieces, got {end - 1}. "
-                "Shorten it."
-            )
-        pad = tokenizer.pad_token_id
-        row = [*ids, tokenizer.eos_token_id, *[pad] * (limit - end - 1)]
-        return torch.tensor(row), columns, end
-
-    def pieces(self, text: str) -> list[int]:
-        """Return the CLIP ids of plain text.
+    def require_known(self, text: str) -> None:
+        """Refuse text with words that the model does not know.
 
         Raises:
             UserError: the model knows only some words, and `text` has others.
         """
         if self.known_words is not None:
             require_known(text, self.known_words)
-        return self.pipeline.tokenizer(text, add_special_tokens=False).input_ids
-
-    @contextmanager
-    def concepts_in_place(
-        self, columns: Sequence[Mapping[str, tuple[int, ...]]], vectors: ConceptVectors
-    ) -> Iterator[None]:
-        """Put the concepts' vectors at their positions in the token embeddings while the context is open."""
-
-        def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            output = output.clone()
-            for row, positions_by_name in enumerate(columns):
-                for name, positions in positions_by_name.items():
-                    output[row, list(positions)] = vectors[name][self.encoder].to(output)
-            return output
-
-        handle = self.text_encoder.get_input_embeddings().register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def predict(
         self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         dtype = self.unet.dtype
-        return self.unet(Z_t.to(dtype), t, conditioning.inputs["y"].to(dtype)).sample.float()
+        given = self.size_conditioning(Z_t, conditioning)
+        y = conditioning.inputs["y"].to(dtype)
+        return self.unet(Z_t.to(dtype), t, y, added_cond_kwargs=given).sample.float()
+
+    def size_conditioning(
+        self, Z_t: Float[Tensor, "b c h w"], conditioning: Conditioning
+    ) -> dict[str, Tensor] | None:
+        """Return what SDXL's UNet is told besides: the pooled text, and a picture that is not cropped
+        (its size, the crop's corner, the size to draw); None for other families."""
+        if "pooled" not in conditioning.inputs:
+            return None
+        pooled = conditioning.inputs["pooled"]
+        size = Z_t.shape[-2] * self.factor, Z_t.shape[-1] * self.factor
+        if size not in self.sizes:
+            self.sizes[size] = torch.tensor([[*size, 0.0, 0.0, *size]], device=self.device)
+        return {
+            "text_embeds": pooled.to(self.unet.dtype),
+            "time_ids": self.sizes[size].expand(len(pooled), -1),
+        }
 
     def record_attention(
         self, recorder: AttentionRecorder
@@ -246,18 +215,20 @@ class DiffusersHost:
                 f"A start from {words!r} works inside ComfyUI alone, which knows where embeddings are. Give words "
                 "instead."
             )
-        table = self.text_encoder.get_input_embeddings().weight.detach().float()
-        ids = self.pieces(words)
-        if not ids:
-            return {self.encoder: random_vectors(table, count or 1, generator)}
-        return {self.encoder: spread_pieces(table[ids], count or len(ids))}
+        self.require_known(words)
+        # Concepts have equally many vectors for each encoder, since they stand at the same places.
+        count = count or max(1, len(self.encoders[0].pieces(words)))
+        return {
+            encoder.name: encoder.initial_vectors(words, count, generator)
+            for encoder in self.encoders
+        }
 
     def modules(self) -> tuple[tuple[str, nn.Module], ...]:
         """Return the parts that can be learned, with the names that prefix their layers' names."""
-        return ("unet", self.unet), ("text_encoder", self.text_encoder)
+        return ("unet", self.unet), *((one.part, one.model) for one in self.encoders)
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
-        """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoder."""
+        """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoders."""
         return {
             f"{root}.{name}": layer
             for root, module in self.modules()
@@ -266,15 +237,20 @@ class DiffusersHost:
         }
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
-        """Map paths to the keys and values of cross-attention, or to all weights but the token table."""
+        """Map paths to the keys and values of cross-attention, or to all weights but those of the token tables
+        and of the projection to pooled text."""
         named = self.named_weights()
         if kind == "cross_attention":
             return {name: weight for name, weight in named.items() if KEYS_AND_VALUES.search(name)}
-        table = self.text_encoder.get_input_embeddings().weight
-        return {name: weight for name, weight in named.items() if weight is not table}
+        tables = {id(encoder.table) for encoder in self.encoders}
+        return {
+            name: weight
+            for name, weight in named.items()
+            if id(weight) not in tables and not name.endswith(PROJECTION)
+        }
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """Map paths to all weights of the UNet and the text encoder."""
+        """Map paths to all weights of the UNet and the text encoders."""
         return {
             f"{root}.{name}": weight
             for root, module in self.modules()
@@ -294,19 +270,21 @@ class DiffusersHost:
         return trainable_weights(self.weights(kind), values)
 
     def identity(self) -> ModelIdentity:
-        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        widths = {encoder.name: encoder.width for encoder in self.encoders}
+        width = sum(widths.values())
         family = {768: "sd1", SD2_WIDTH: "sd2"}.get(width, f"sd-{width}")
-        return ModelIdentity.of_weights(family, {self.encoder: width}, self.named_weights())
+        family = "sdxl" if len(widths) > 1 else family
+        return ModelIdentity.of_weights(family, widths, self.named_weights())
 
     def fingerprint(self) -> str:
         """Return a hash of all that acts in the pipeline: weights, configurations and vocabulary."""
-        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        digest = Digest()
-        for name, module in parts.items():
-            config = json.loads(json.dumps(dict_of(module.config), default=str))
-            digest.add([name, {k: x for k, x in sorted(config.items()) if not is_about_files(k)}])
-            digest.add(dict(sorted(module.named_parameters())))
-        return digest.add(sorted(self.pipeline.tokenizer.get_vocab().items())).hexdigest()
+        parts = dict((*self.modules(), ("vae", self.vae)))
+        return fingerprint(parts, self.encoders, {"zero_empty": self.zero_empty})
+
+    @property
+    def zero_empty(self) -> bool:
+        """Whether pictures are drawn away from zeros, not from the empty prompt; as SDXL's pipeline says."""
+        return bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
@@ -361,17 +339,24 @@ class DiffusersHost:
         size: Size | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, with diffusers' own sampling loop and scheduler."""
-        empty = self.encode_prompts([ConceptPrompt(())], {}).inputs["y"]
-        y = self.encode_prompts([prompt], vectors).inputs["y"]
+        encoded = self.encode_prompts([ConceptPrompt(()), prompt], vectors).inputs
+        names = {"y": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+        given = {}
+        for kind, (empty, x) in encoded.items():
+            away = torch.zeros_like(empty) if self.zero_empty else empty
+            given[names[kind]] = torch.stack([x] * len(seeds))
+            given[f"negative_{names[kind]}"] = torch.stack([away] * len(seeds))
         height, width = size or (self.image_side, self.image_side)
-        pictures = self.pipeline(
-            prompt_embeds=y.expand(len(seeds), -1, -1),
-            negative_prompt_embeds=empty.expand(len(seeds), -1, -1),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
-            output_type="pt",
-        ).images
+        with warnings.catch_warnings():
+            # Of diffusers' own pipeline, about its own VAE in float16.
+            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
+            pictures = self.pipeline(
+                **given,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                output_type="pt",
+            ).images
         return pictures.float()

@@ -183,6 +183,7 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
         (["--mode", "given"], "needs --masks"),
         (["--resume"], "Nothing to resume"),
         (["--device", "cuda:99"], "No device 'cuda:99'"),
+        (["--dtype", "bfloat16", "--joint", "full"], "learns whole weights, in float32"),
         (["--joint", "lora", "--joint-learning-rate", "0"], "Bad learning_rate of the joint phase"),
         (["--model", "nowhere"], "No model at nowhere"),
         (["--truth", "nowhere"], "No folder nowhere"),
@@ -194,6 +195,18 @@ def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says:
     assert main(learn(scene, tmp_path / "out", *more)) == 2
     assert says in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_number_type_and_recomputing(scene: Path, tmp_path: Path) -> None:
+    """A CPU takes float32 unless told another; values read from weights tell which they are in."""
+    samples = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        out = tmp_path / dtype
+        assert main(learn(scene, out, "--steps", "1", "--recompute", "--dtype", dtype)) == 0
+        samples[dtype] = ConceptSet.load(out / "concepts.safetensors").identity.sample
+    assert torch.equal(samples["auto"], samples["float32"])
+    assert torch.equal(samples["bfloat16"], samples["float32"].bfloat16().float())
+    assert not torch.equal(samples["bfloat16"], samples["float32"])
 
 
 def test_a_folder_that_cannot_be_written(scene: Path, tmp_path: Path, capsys) -> None:

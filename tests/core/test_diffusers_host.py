@@ -9,17 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 from em_core.demo import model_path
 from em_core.errors import UserError
-from em_core.hosts.diffusers import (
-    CROSS,
-    DiffusersHost,
-    attention_layers,
-    attention_modules,
-    require_plain_model,
-)
+from em_core.hosts.attention import CROSS, attention_layers, attention_modules
+from em_core.hosts.diffusers import DiffusersHost
+from em_core.hosts.loading import require_plain_model
 from em_core.method.problem import prepare
 from em_core.method.start import initialise
 from em_core.model.adapters import differences_applied, exchanged, init_lora, lora_applied
@@ -137,7 +138,7 @@ def test_hooks_are_gone_also_after_an_exception(host: DiffusersHost) -> None:
     lora = init_lora(host.adaptable_layers(), 2, torch.Generator())
     contexts = (
         host.record_attention(recorder),
-        host.concepts_in_place([{}], {}),
+        host.encoders[0].concepts_in_place([{}], {}),
         host.applied(lora, 1.0),
         host.trainable("lora", {}, torch.Generator(), 2, 2.0),
     )
@@ -286,8 +287,9 @@ def test_no_word_slips_through(host: DiffusersHost, words: str) -> None:
 @pytest.mark.parametrize("change", [{"in_channels": 9}, {"cross_attention_dim": 2048}])
 def test_inpainting_models_and_other_kinds_are_refused(host: DiffusersHost, change: dict) -> None:
     unet = SimpleNamespace(config=SimpleNamespace(**{**host.unet.config, **change}))
+    pipeline = SimpleNamespace(unet=unet, text_encoder=host.pipeline.text_encoder)
     with pytest.raises(UserError, match="not a plain Stable Diffusion"):
-        require_plain_model(unet, host.text_encoder)
+        require_plain_model(pipeline)
 
 
 def test_the_shipped_folder_is_a_plain_pipeline() -> None:
@@ -317,7 +319,12 @@ def loads(host: DiffusersHost, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tu
         calls.append((args, options))
         return host.pipeline
 
+    def load_config(cls: type, *args: object, **options: object) -> dict[str, str]:
+        assert "local_files_only" in options or isinstance(args[0], str)
+        return {"_class_name": "StableDiffusionPipeline"}
+
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(DiffusionPipeline, "load_config", classmethod(load_config))
     return calls
 
 

@@ -99,7 +99,7 @@ def test_the_digest_of_a_model_depends_on_all_of_it(host: DiffusersHost) -> None
     other.schedule = VariancePreserving(alphas * 0.999, "epsilon")
     digests = {before, model_digest(same), model_digest(other)}
     assert len(digests) == 3
-    for module in (host.unet, host.vae, host.text_encoder):
+    for module in (host.unet, host.vae, host.pipeline.text_encoder):
         weight = next(module.parameters()).data.view(-1)
         kept = weight[0].clone()
         try:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from ...hosts.diffusers import attention_layers, record_attention
+from ...hosts.attention import attention_layers, record_attention
 from ...model.columns import select_columns
 from ...model.recording import AttentionRecorder
 from ..captions import Caption, Look, bare_caption, full_caption
