@@ -92,9 +92,7 @@ def e_step_picture(
     )
 
 
-def evidence_for(
-    picture: PictureState, fresh: Float[Tensor, "k h w"]
-) -> Float[Tensor, "k h w"]:
+def evidence_for(picture: PictureState, fresh: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
     """What masks are judged by: fresh maps and those of the start, half and half.
 
     A token that was learned under a wrong mask attends to what is wrong, and its fresh maps prefer

@@ -38,7 +38,7 @@ def identify(model: Any, clip: Any) -> Any:
 
 
 def copy_of(model: Any) -> Any:
-    return copies.private_patcher(model, torch.float32, "MODEL")
+    return copies.private_patcher(model, "MODEL", lambda name: torch.float32)
 
 
 def inpainting() -> Any:
