@@ -144,13 +144,13 @@ def test_interrupted_and_queued_again(server: Server) -> None:
 
 
 def test_interrupted_before_the_first_step(server: Server) -> None:
-    """The search for random starts takes many passes; it stops at once, and nothing stays behind."""
+    """The first masks take many passes; they stop at once, and nothing stays behind."""
     p = learning("TestSlow", {"seconds": 0.1}, seed=7)
     p.b.graph[p.examples.id]["inputs"]["prompt"] = "a photo of <rex> and <doll> on sand"
     p.b.add("SaveConcepts", concepts=p.learn, name="never", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
-    prompt = queue_and_wait_for(server, p, "Learning concepts with")
+    prompt = queue_and_wait_for(server, p, "(memory plan ")
     time.sleep(2)
     asked = time.monotonic()
     server.post("/interrupt", {})
