@@ -15,18 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from em_core.model.memory import FAMILIES, KINDS
+
 ROOT = Path(__file__).parents[1]
 COUNTS, DOCUMENT = ROOT / "benchmarks" / "results" / "memory.jsonl", ROOT / "docs" / "memory.md"
 GIB = 2**30
 CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
 DESKTOP = 0.7  # GiB that a driver and a desktop take of a card, assumed
-FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-KINDS = {
-    "none": "tokens",
-    "lora": "LoRA",
-    "cross_attention": "cross-attention",
-    "full": "all weights",
-}
 HEAD = """# What learning needs of a graphics card
 
 Written by `benchmarks/memory.py`; do not edit. No graphics card was used: *counted* is the peak of all

@@ -19,6 +19,14 @@ PASSES = 10
 # blocks that fit nothing; the last grows with what is allocated.
 RESERVE_BYTES = 0.5 * GIB
 RESERVE_SHARE = 0.04
+# What families and kinds of learning are called where their memory is spoken of.
+FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+KINDS = {
+    "none": "tokens",
+    "lora": "LoRA",
+    "cross_attention": "cross-attention",
+    "full": "all weights",
+}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from ...em_core.errors import MemoryNotice, StoreWarning, UserError, is_out_of_memory
 from ...em_core.examples import Example
-from ...em_core.model.memory import describe
+from ...em_core.model.memory import FAMILIES, KINDS, describe
 from ...em_core.runs.concept_set import ConceptSet
 from ...em_core.runs.digest import Unreadable
 from ...em_core.runs.key import run_key
@@ -27,14 +27,6 @@ from ..host.families import GraphModels
 from ..host.identity import models_digest
 from .plans import Attempt, Device, attempts, choose, first_that_fits, job_of, smaller
 from .progress import NodeProgress
-
-FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-KINDS = {
-    "none": "tokens",
-    "lora": "LoRA",
-    "cross_attention": "cross-attention",
-    "full": "all weights",
-}
 
 
 @dataclass(frozen=True)
