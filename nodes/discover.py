@@ -8,12 +8,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..em_core.errors import UserError
+from ..em_core.examples import Example
 from ..em_core.runs.finding import discover
 from .host.comfy_host import ComfyHost
 from .host.families import identify
 from .masks import MASKS
 from .pictures import pictures_of, to_mask
-from .schema import ADVANCED, schema
+from .schema import ADVANCED, Examples, schema
 
 
 class DiscoverConcepts(io.ComfyNode):
@@ -28,7 +29,7 @@ class DiscoverConcepts(io.ComfyNode):
             search_aliases=["segment anything", "auto mask", "instances", "what is in this picture"],
             description="Finds the things in a picture without being told what they are: how many, a mask for "
             "each, and the prompt to learn them with. They are named concept1, concept2, ... from left to "
-            "right.",
+            "right. Connect examples to Learn Concepts to learn them all.",
             inputs=[
                 io.Model.Input("model", tooltip="Any Stable Diffusion 1.x, 2.x or SDXL checkpoint."),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint as the MODEL."),
@@ -53,6 +54,10 @@ class DiscoverConcepts(io.ComfyNode):
                     "masks", display_name="masks", tooltip="One mask per thing, from left to right.",
                 ),
                 io.Int.Output("count", display_name="count", tooltip="How many things were found."),
+                Examples.Output(
+                    "examples", display_name="examples",
+                    tooltip="The picture with that prompt and these masks. Connect it to Learn Concepts.",
+                ),
             ],
         )  # fmt: skip
 
@@ -71,4 +76,6 @@ class DiscoverConcepts(io.ComfyNode):
             prompt, found = discover(host, pictures[0], seed=seed, most=most)
         finally:
             host.release()
-        return io.NodeOutput(str(prompt), to_mask([found.masks]), len(found.names))
+        masks = dict(zip(found.names, found.masks, strict=True))
+        examples = (Example(pictures[0], prompt, masks),)
+        return io.NodeOutput(str(prompt), to_mask([found.masks]), len(found.names), examples)

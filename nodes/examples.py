@@ -37,9 +37,10 @@ class ConceptExample(io.ComfyNode):
                     multiline=True,
                     default="a photo of <rex:dog> on <shore:beach>",
                     tooltip="Describe the picture and mark each thing to learn as <name:words>, as in "
-                    "<rex:dog>: learning starts from what the words mean. <name> alone starts from the best of "
-                    "several random tries, and <name:embedding:file> goes on from an embedding that you have. A "
-                    "background can be a concept too.",
+                    "<rex:dog>: learning starts from what the words mean. <name> alone starts from a word that "
+                    "fits any thing, and such names are given what there is from left to right. "
+                    "<name:embedding:file> goes on from an embedding that you have. A background can be a "
+                    "concept too.",
                 ),
                 io.Mask.Input(
                     "masks",

@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
+from ..examples import Example
 from ..files import write_json
 from ..hosts.loading import AUTO
 from ..masks.resizing import cut, resize
 from ..method.problem import Problem, prepare
 from ..method.start import initialise
 from ..method.state import RunState
-from ..pictures import save_mask
+from ..pictures import read_picture, save_mask
 from ..presets import em_settings, joint_settings, literal
 from ..runs.concept_set import ConceptSet, conclude
+from ..runs.finding import discover
 from ..runs.key import model_digest, run_key
 from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
@@ -29,6 +31,7 @@ from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
 
 STATE, CONCEPTS = "state.safetensors", "concepts.safetensors"
+DISCOVER = "discover"
 EXAMPLE = """example:
   python -m em_core scene --seed 3 --out output/scene
   python -m em_core learn --image output/scene/image.png \\
@@ -48,8 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompt",
         nargs="+",
-        required=True,
-        help="one prompt per picture, or one for all, such as: a photo of <rex:dog> on grass",
+        default=[],
+        help="one prompt per picture, or one for all, such as: a photo of <rex:dog> on grass; none with "
+        "--mode discover",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     add_em_options(parser)
@@ -74,10 +78,11 @@ def add_em_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the EM loop."""
     parser.add_argument(
         "--mode",
-        choices=("em", "fixed", "given", "none"),
+        choices=("em", "fixed", "given", "none", DISCOVER),
         default="em",
         help="where masks come from: em finds them while learning, fixed finds them once at the start, "
-        "given takes yours, none uses no masks (default: %(default)s)",
+        "given takes yours, none uses no masks; discover also finds what there is to learn, without a prompt, "
+        "and goes on as em (default: %(default)s)",
     )
     parser.add_argument(
         "--masks",
@@ -151,7 +156,8 @@ def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, Join
     """Return the settings of both phases: the family's defaults with the given options applied."""
     em, joint = em_settings(family), joint_settings(family, args.joint)
     changes = {"steps": args.steps, "learning_rate": args.learning_rate}
-    em = replace(em, mode=args.mode, seed=args.seed, vectors=args.vectors)
+    mode = "em" if args.mode == DISCOVER else args.mode
+    em = replace(em, mode=mode, seed=args.seed, vectors=args.vectors)
     em = replace(em, **{name: value for name, value in changes.items() if value is not None})
     em = literal(em) if args.literal else em
     em = replace(em, masks=replace(em.masks, crf=None)) if args.no_crf else em
@@ -185,13 +191,15 @@ def run_command(args: argparse.Namespace) -> int:
     require_state(state_file, expected=args.resume)
     if not args.overwrite and not args.resume:
         require_no_concepts(args.out / CONCEPTS)
-    if args.mode == "given" and not args.masks:
-        raise UserError(
-            "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
-        )
-    examples = read_examples(args.image, args.prompt, args.masks, args.truth)
+    require_inputs(args)
+    if args.mode == DISCOVER:
+        picture = read_picture(args.image[0])
+    else:
+        examples = read_examples(args.image, args.prompt, args.masks, args.truth)
     host = load_host(args.model, args.device, dtype_for(args), args.recompute)
     em, joint = settings_of(args, host.identity().family)
+    if args.mode == DISCOVER:
+        examples = [Example(picture, discover(host, picture, em, args.seed)[0])]
     key = run_key(model_digest(host), examples, em, joint)
     file = StateFile(state_file, key, truth_digest(examples))
     problem = prepare(host, examples, em, joint)
@@ -211,6 +219,30 @@ def run_command(args: argparse.Namespace) -> int:
     write_results(problem, state, args.out, time.monotonic() - started)
     file.remove()
     return 0
+
+
+def require_inputs(args: argparse.Namespace) -> None:
+    """Refuse a mode without what it needs, or with what it cannot use.
+
+    Raises:
+        UserError: masks or prompts are missing, or there are some that nothing would come of.
+    """
+    if args.mode == "given" and not args.masks:
+        raise UserError(
+            "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
+        )
+    if args.mode != DISCOVER:
+        if not args.prompt:
+            raise UserError(
+                "No prompt. Expected --prompt with the concepts marked, as in: a photo of <rex:dog> on grass. "
+                "Without words for what the picture shows, use --mode discover."
+            )
+        return
+    if args.prompt or args.truth or len(args.image) > 1:
+        raise UserError(
+            "--mode discover names what it finds by itself, concept1 and so on from left to right. Expected one "
+            "picture, and neither --prompt nor --truth."
+        )
 
 
 def require_state(file: Path, *, expected: bool) -> None:

@@ -1,15 +1,21 @@
 """Things found without a word: how many, where, and in which order."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from em_core.__main__ import main
 from em_core.commands.demo import example_of
+from em_core.commands.learn import CONCEPTS
 from em_core.demo.scenes import concept_scene
 from em_core.errors import UserError
 from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.measures import iou
 from em_core.method.discover import asking, nameless
+from em_core.pictures import read_picture
 from em_core.prompts import ConceptPrompt
+from em_core.runs.concept_set import ConceptSet
 from em_core.runs.finding import discover, find_masks
 
 # Scenes that no setting was chosen on.
@@ -68,3 +74,40 @@ def test_a_mask_that_is_not_there_is_named(host: DiffusersHost) -> None:
     picture = 0.5 + 0.1 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = find_masks(host, picture, "a photo of <ground:grass>")
     assert found.missing == ("ground",)
+
+
+def discovering(picture: Path, out: Path, *more: str) -> list[str]:
+    command = ["learn", "--mode", "discover", "--image", str(picture), "--out", str(out)]
+    return [*command, "--steps", "2", "--quiet", *more]
+
+
+def test_learning_without_a_prompt(host: DiffusersHost, tmp_path: Path) -> None:
+    """`learn --mode discover` learns what `learn` does with the prompt that was found."""
+    assert main(["scene", "--seed", "160", "--set", "D", "--out", str(tmp_path)]) == 0
+    picture = tmp_path / "image.png"
+    prompt, _ = discover(host, read_picture(picture))
+    told = discovering(picture, tmp_path / "told", "--prompt", str(prompt))
+    assert main(discovering(picture, tmp_path / "found")) == 0
+    assert main([*told[:2], "em", *told[3:]]) == 0
+    found, named = (ConceptSet.load(tmp_path / to / CONCEPTS) for to in ("found", "told"))
+    assert found.names == named.names == prompt.names
+    for name in prompt.names:
+        assert torch.equal(found.masks[0][name], named.masks[0][name])
+        assert all(torch.equal(v, named.vectors[name][k]) for k, v in found.vectors[name].items())
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "says"),
+    [
+        ("discover", ["--prompt", "a photo of <a:star>"], "by itself"),
+        ("discover", ["--truth", "."], "by itself"),
+        ("discover", ["--image", "a.png", "b.png"], "Expected one picture"),
+        ("em", [], "No prompt. Expected --prompt"),
+    ],
+)
+def test_what_discovering_cannot_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, more: list[str], says: str
+) -> None:
+    command = discovering(tmp_path / "image.png", tmp_path / "out", "--mode", mode, *more)
+    assert main(command) == 2
+    assert says in capsys.readouterr().err

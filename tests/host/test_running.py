@@ -299,8 +299,15 @@ def test_discover(server: Server) -> None:
     b.add("TestDump", value=found[1], name="discovered_masks")
     b.add("TestModelHash", model=model, clip=model[1], after=found)
     shown = b.add("PreviewAny", source=found[0])
+    learn = b.add(
+        "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=found[3], mode="given",
+        steps=2, seed=0, joint="none", memory="auto",
+    )  # fmt: skip
+    same = b.add("CompareMasks", mask=learn[1], reference=found[1])
+    b.add("TestDump", value=same[1], name="learned_iou")
     run = server.run(b.graph)
     assert texts(run, shown.id) == "a photo of <concept1> and <concept2>"
+    assert server.dumped("learned_iou")["x"] == 1
     assert server.dumped("discovered_masks")["x"].shape == (2, 64, 64)
     assert server.dumped("discovered_iou")["x"] > 0.7
 
