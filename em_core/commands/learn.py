@@ -25,7 +25,7 @@ from ..runs.key import model_digest, run_key
 from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
 from ..runs.truth import truth_digest
-from ..settings import EMSettings, JointSettings
+from ..settings import EMSettings, JointSettings, Mode
 from ..show.metrics import metrics
 from ..show.plots import load_matplotlib, plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
@@ -156,7 +156,7 @@ def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, Join
     """Return the settings of both phases: the family's defaults with the given options applied."""
     em, joint = em_settings(family), joint_settings(family, args.joint)
     changes = {"steps": args.steps, "learning_rate": args.learning_rate}
-    mode = "em" if args.mode == DISCOVER else args.mode
+    mode: Mode = "em" if args.mode == DISCOVER else args.mode
     em = replace(em, mode=mode, seed=args.seed, vectors=args.vectors)
     em = replace(em, **{name: value for name, value in changes.items() if value is not None})
     em = literal(em) if args.literal else em
