@@ -64,6 +64,7 @@ def literal(settings: EMSettings) -> EMSettings:
         threshold=0.4,
         regions=None,
         rivals="",
+        presence_passes=0,
         acceptance=0.0,
     )
     return replace(

@@ -1,15 +1,17 @@
 """Turn the mean attention maps of one picture's concepts into masks (VCD, "Mask extraction")."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..pictures import Picture
 from .crf import MaskRefiner, labels
-from .regions import Regions, belonging
-from .resizing import resize
+from .guards import Guards
+from .regions import Regions, anchored, belonging
+from .resizing import cut, resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
 
@@ -24,11 +26,18 @@ class Estimate:
         thresholded: B, the masks before refinement.
         probability: the refinement's marginals in 0..1, or B itself if there is no refinement.
         masks: M, the refined labels.
+        anchors: the region that each concept was found in; None where regions are not looked for, or
+            where there are too few.
     """
 
     thresholded: Bool[Tensor, "k H W"]
     probability: Float[Tensor, "k H W"]
     masks: Bool[Tensor, "k H W"]
+    anchors: Bool[Tensor, "k H W"] | None = None
+
+    def believed(self, guards: Guards) -> Bool[Tensor, " k"]:
+        """Return which of the masks the guards believe."""
+        return guards.accept(self.masks, self.thresholded, self.anchors)
 
     def weights(self, soft: bool) -> Float[Tensor, "k H W"]:
         """Return the M-step's weights for its losses: the marginals if `soft`, otherwise the labels."""
@@ -47,17 +56,49 @@ def masks_from_maps(
     With `regions`, each concept is first kept out of regions that belong to something else.
     """
     scaled = min_max(resize(maps, size, "map"), settings.peak)
+    anchors = None
     if regions is not None:
-        scaled = scaled * resize(
-            belonging(min_max(maps, settings.peak), regions, settings.share), size, "mask"
-        )
+        sharp = min_max(maps, settings.peak)
+        scaled = scaled * resize(belonging(sharp, regions, settings.share), size, "mask")
+        own = anchored(sharp, regions)
+        anchors = None if own is None else cut(resize(own, size, "mask"))
         scaled = scaled / scaled.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
     thresholded = binarise(scaled, settings.threshold, settings.competition)
     if refine is None:
-        return Estimate(thresholded, thresholded.float(), thresholded)
+        return Estimate(thresholded, thresholded.float(), thresholded, anchors)
     probability = refine(thresholded.float(), scaled)
     masks = labels(probability, settings.crf is None or settings.crf.joint)
-    return Estimate(thresholded, probability, masks)
+    return Estimate(thresholded, probability, masks, anchors)
+
+
+def masks_among(
+    there: Sequence[int],
+    maps: Float[Tensor, "k h w"],
+    size: tuple[int, int],
+    settings: MaskSettings,
+    refine: Refine | None,
+    regions: Regions | None,
+) -> Estimate:
+    """Like :func:`masks_from_maps`, where only the concepts `there`, in order, compete for the picture.
+
+    The masks of the others are empty.
+    """
+    if not there:
+        nothing = torch.zeros(len(maps), *size, device=maps.device)
+        return Estimate(nothing > 0, nothing, nothing > 0)
+    if regions is not None:
+        alike = tuple(tuple(there.index(i) for i in g if i in there) for g in regions.alike)
+        regions = replace(regions, alike=alike)
+    index = torch.tensor(there, device=maps.device)
+    part = masks_from_maps(maps[index], size, settings, refine, regions)
+
+    def at_place(x: Tensor) -> Tensor:
+        return x.new_zeros(len(maps), *size).index_copy(0, index, x)
+
+    anchors = None if part.anchors is None else at_place(part.anchors)
+    return Estimate(
+        at_place(part.thresholded), at_place(part.probability), at_place(part.masks), anchors
+    )
 
 
 def make_refiner(picture: Picture, settings: MaskSettings) -> Refine | None:

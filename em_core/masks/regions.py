@@ -177,6 +177,13 @@ def anchors(
     return chosen.to(found.device)
 
 
+def anchored(maps: Float[Tensor, "k _h _w"], regions: Regions) -> Float[Tensor, "k h w"] | None:
+    """The cells (1) of the region that each concept is anchored in; None where there are too few."""
+    members = regions.members
+    chosen = anchors(evidence(maps, members), members, regions.alike)
+    return None if chosen is None else members[chosen]
+
+
 def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:
     """A column of its own for each row, such that the sum of the scores is largest; n <= m."""
     from scipy.optimize import linear_sum_assignment  # slow to load

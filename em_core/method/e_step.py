@@ -1,12 +1,13 @@
 """The E-step of a run: statistics from the M-steps' own passes, a refresh, new masks."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..masks.estimate import masks_from_maps
+from ..masks.estimate import masks_among
 from ..masks.measures import agreement, areas
 from ..masks.regions import Regions
 from ..masks.resizing import resize
@@ -45,12 +46,22 @@ def with_free_statistics(
 
 def e_step(problem: Problem, state: RunState) -> RunState:
     """The state with every picture's masks estimated again."""
-    generator = generator_at(state.generator)
+    generator, known = generator_at(state.generator), found_anywhere(problem, state)
     pictures = tuple(
-        e_step_picture(problem, state, prepared, picture, generator)
+        e_step_picture(problem, state, prepared, picture, generator, known)
         for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
     )
     return replace(state, pictures=pictures, generator=generator.get_state())
+
+
+def found_anywhere(problem: Problem, state: RunState) -> set[str]:
+    """The concepts that were found in some picture, so that they are being learned."""
+    return {
+        name
+        for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
+        for name, found in zip(prepared.names, picture.found.tolist(), strict=True)
+        if found
+    }
 
 
 def e_step_picture(
@@ -59,8 +70,12 @@ def e_step_picture(
     prepared: Prepared,
     picture: PictureState,
     generator: torch.Generator,
+    known: Collection[str],
 ) -> PictureState:
     """New maps and masks of one picture.
+
+    Concepts that are not `known` have not learned anything since the start, where nothing of theirs was
+    found, and do not compete with those that have.
 
     A new mask takes the present one's place if the guards believe it and it agrees better than that
     with maps that neither was made from; see `MaskSettings.acceptance`.
@@ -68,7 +83,8 @@ def e_step_picture(
     settings = problem.settings
     maps, fresh = latest_maps(problem, state, prepared, picture, generator)
     regions = None if picture.regions is None else Regions(picture.regions)
-    estimate = masks_from_maps(maps, prepared.size, settings.masks, prepared.refine, regions)
+    there = [i for i, name in enumerate(prepared.names) if name in known]
+    estimate = masks_among(there, maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     if settings.masks.acceptance:
         judge = resize(evidence_for(picture, fresh), prepared.size, "map")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..examples import stack_masks
-from ..masks.estimate import Estimate, masks_from_maps
+from ..masks.estimate import Estimate, masks_among, masks_from_maps
 from ..masks.regions import Regions, best_assignment, find_regions, with_spots
 from ..masks.resizing import resize
 from ..masks.settings import MaskSettings
@@ -18,6 +18,7 @@ from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
 from .maps import read_attention
+from .presence import presence, without_least
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
@@ -93,14 +94,16 @@ def first_masks(
         return replace(blank, masks=labels.float(), labels=labels)
     by_name = {c.name: c.words or settings.generic_word for c in problem.concepts}
     alike = alike_concepts([by_name[name] for name in prepared.names])
-    found = masks_of_vectors(problem.host, prepared, vectors, settings.masks, alike, generator)
+    found = masks_of_vectors(
+        problem.host, prepared, vectors, settings.masks, alike, generator, settings.generic_word
+    )
     estimate = found.estimate
     return replace(
         blank,
         maps=found.maps,
         masks=estimate.weights(settings.masks.soft),
         labels=estimate.masks,
-        found=settings.masks.guards.accept(estimate.masks, estimate.thresholded),
+        found=estimate.believed(settings.masks.guards),
         regions=found.regions,
         first=found.maps,
     )
@@ -128,12 +131,18 @@ def masks_of_vectors(
     settings: MaskSettings,
     alike: tuple[tuple[int, ...], ...],
     generator: torch.Generator,
+    generic_word: str = "",
 ) -> FirstMasks:
     """Masks from nothing but the attention of given vectors (VCD S1).
+
+    Where some concepts are not found, others may have been given what is theirs: the concepts that the
+    picture shows least are left out, and the rest share what there is.
 
     Args:
         alike: concepts whose vectors are the same, as indices in the prompt's order; they are given
             their regions from left to right.
+        generic_word: a word that fits any thing, which a concept's presence is measured against; ""
+            does not ask which concepts the picture shows.
     """
     passes, limit = settings.init_timesteps, settings.regions
     reading = read_attention(
@@ -150,6 +159,16 @@ def masks_of_vectors(
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
+    found = estimate.believed(settings.guards)
+    missing = int((~found).sum())
+    if generic_word and settings.presence_passes and 0 < missing < len(found):
+        present = presence(
+            host, prepared, vectors, generic_word, settings.presence_passes, generator
+        )
+        there = without_least(present, missing)
+        among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
+        if among.believed(settings.guards)[there].all():
+            estimate = among
     return FirstMasks(maps, estimate, labels)
 
 

@@ -63,7 +63,8 @@ def find_masks(
     prompt = ConceptPrompt.parse(prompt) if isinstance(prompt, str) else prompt
     example = Example(picture, prompt)
     vectors = known_vectors(host, prompt, concepts.vectors if concepts else {})
-    settings = settings or em_settings(host.identity().family).masks
+    family = em_settings(host.identity().family)
+    settings = settings or family.masks
     prepared = prepare_picture(host, example, settings)
     generator = torch.Generator().manual_seed(seed)
     learned = concepts.vectors if concepts else {}
@@ -71,7 +72,9 @@ def find_masks(
     with host.applied(
         concepts.weights if concepts else {}, concepts.lora_scale if concepts else 1.0
     ):
-        found = masks_of_vectors(host, prepared, vectors, settings, alike, generator)
+        found = masks_of_vectors(
+            host, prepared, vectors, settings, alike, generator, family.generic_word
+        )
     return at_size_of(picture, prompt, found, settings)
 
 
@@ -123,7 +126,7 @@ def at_size_of(
     """What was found, with masks of the picture's size."""
     estimate, size = found.estimate, (picture.shape[-2], picture.shape[-1])
     masks = cut(resize(estimate.masks.float(), size, "mask"))
-    fine = settings.guards.accept(estimate.masks, estimate.thresholded).tolist()
+    fine = estimate.believed(settings.guards).tolist()
     missing = tuple(name for name, ok in zip(prompt.names, fine, strict=True) if not ok)
     return FoundMasks(prompt.names, masks.cpu(), found.maps.cpu(), missing)
 

@@ -331,7 +331,7 @@ def new_masks(host: DiffusersHost, example: Example, short: EMSettings, monkeypa
         both = torch.stack(maps).float(), torch.stack(judge).float()
         monkeypatch.setattr("em_core.method.e_step.latest_maps", lambda *_: both)
         state, prepared = RunState({}, seeded().get_state(), (before,)), problem.pictures[0]
-        return e_step_picture(problem, state, prepared, before, seeded())
+        return e_step_picture(problem, state, prepared, before, seeded(), prepared.names)
 
     return estimate
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from em_core.masks.estimate import masks_among, masks_from_maps
 from em_core.masks.guards import Guards
 from em_core.masks.measures import agreement, iou, union
+from em_core.masks.regions import Regions
 from em_core.masks.resizing import cut, resize
+from em_core.masks.settings import MaskSettings
 from em_core.masks.thresholds import binarise, compete, min_max, otsu, threshold_maps
 
 
@@ -144,3 +147,14 @@ def test_a_peak_below_one_does_not_hang_on_a_single_pixel(peak: float) -> None:
     torch.testing.assert_close(min_max(maps, peak), torch.tensor(np.stack(expected)))
     maps[0, 3, 4] = 50.0
     torch.testing.assert_close(min_max(maps, peak), min_max(maps.clamp(max=1), peak))
+
+
+def test_masks_among_some_are_those_of_a_prompt_without_the_others() -> None:
+    maps, settings = random_maps(4, 8, 8), MaskSettings(crf=None)
+    labels = torch.arange(64).reshape(8, 8) // 8
+    regions = Regions(labels, alike=((0, 1, 3),))
+    alone = masks_from_maps(maps[[1, 3]], (16, 16), settings, None, Regions(labels, ((0, 1),)))
+    among = masks_among([1, 3], maps, (16, 16), settings, None, regions)
+    assert torch.equal(among.masks[[1, 3]], alone.masks) and not among.masks[[0, 2]].any()
+    assert torch.equal(among.thresholded[[1, 3]], alone.thresholded)
+    assert not masks_among([], maps, (16, 16), settings, None, regions).masks.any()

@@ -1,0 +1,96 @@
+"""Which of a prompt's concepts a picture does not show: by the error of the noise."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from toy_host import CHANNELS, ToyHost
+
+from em_core.commands.demo import example_of
+from em_core.demo.scenes import concept_scene
+from em_core.examples import Example
+from em_core.hosts.diffusers import DiffusersHost
+from em_core.masks.guards import Guards
+from em_core.masks.measures import iou
+from em_core.masks.settings import MaskSettings
+from em_core.method.presence import presence, without_least
+from em_core.method.problem import prepare_picture
+from em_core.model.protocol import Conditioning
+from em_core.prompts import ConceptPrompt, ConceptVectors
+from em_core.runs.finding import find_masks
+
+OFFSETS = {"red": 0.1, "blue": 0.6, "grey": 0.4}
+
+
+class WrongBy(ToyHost):
+    """A host whose every output is off its target by the sum of its concepts' offsets."""
+
+    def __init__(self, together: int) -> None:
+        super().__init__()
+        self.passes_at_once = together
+        self.Z0 = torch.empty(0)
+
+    def initial_vectors(
+        self, words: str, count: int | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return {"colours": torch.full((count or 1, CHANNELS), OFFSETS[words])}
+
+    def encode_prompts(
+        self, prompts: Sequence[ConceptPrompt], vectors: ConceptVectors
+    ) -> Conditioning:
+        total = sum(float(by_encoder["colours"][0, 0]) for by_encoder in vectors.values())
+        offset = torch.full((len(prompts), 1), total)
+        return replace(super().encode_prompts(prompts, vectors), inputs={"offset": offset})
+
+    def predict(self, Z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        s = t[:, None, None, None]
+        eps = (Z_t - (1 - s) * self.Z0) / s
+        return eps - self.Z0 + conditioning.inputs["offset"][:, :, None, None]
+
+
+@pytest.mark.parametrize("together", [1, 4, 10])
+def test_presence_is_the_difference_of_the_errors(together: int) -> None:
+    host = WrongBy(together)
+    prompt = ConceptPrompt.parse("a photo of <dog:red> and <cat:blue>")
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prepared = prepare_picture(host, Example(picture, prompt), MaskSettings())
+    host.Z0, generator = prepared.Z0, torch.Generator().manual_seed(1)
+    vectors = {c.name: host.initial_vectors(c.words, 1, generator) for c in prompt.concepts}
+    found = presence(host, prepared, vectors, "grey", 7, generator)
+    dog, cat, thing = OFFSETS["red"], OFFSETS["blue"], OFFSETS["grey"]
+    expected = [(thing + cat) ** 2 - (dog + cat) ** 2, (dog + thing) ** 2 - (dog + cat) ** 2]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_the_least_are_left_out_and_of_equals_the_last() -> None:
+    assert without_least(torch.tensor([0.3, 0.1, 0.2]), 1) == [0, 2]
+    assert without_least(torch.tensor([0.1, 0.1, 0.2]), 1) == [0, 2]
+    assert without_least(torch.tensor([0.1, 0.3, 0.2, 0.0]), 2) == [1, 2]
+
+
+def test_a_name_of_nothing_takes_nothing_from_the_others(host: DiffusersHost) -> None:
+    """With a shape in the prompt that the scene lacks, the others keep their masks, more often than not."""
+    right = 0
+    for seed, absent in ((160, "star"), (161, "heart"), (162, "ring")):
+        picture = concept_scene(seed, "A").only
+        shapes = {each.shape for each in picture.objects}
+        there, ground = picture.prompt.rsplit(" on ", 1)
+        other = next(s for s in (absent, "square", "circle", "triangle") if s not in shapes)
+        example = example_of(replace(picture, prompt=f"{there} and <none:{other}> on {ground}"))
+        found = find_masks(host, example.picture, example.prompt)
+        masks = dict(zip(found.names, found.masks, strict=True))
+        fine = all(float(iou(masks[name], mask)) > 0.7 for name, mask in example.truth.items())
+        right += found.missing == ("none",) and fine
+    assert right >= 2
+
+
+def test_a_right_mask_whose_map_bleeds_is_believed() -> None:
+    """The map reaches far over the edge; the region and the refined mask end at it."""
+    thing, bled = torch.zeros(1, 16, 16, dtype=torch.bool), torch.zeros(1, 16, 16, dtype=torch.bool)
+    thing[:, 4:8, 4:8], bled[:, 2:10, 2:10] = True, True
+    guards = Guards()
+    assert not guards.accept(thing, bled).any()
+    assert guards.accept(thing, bled, anchors=thing).all()
+    assert not guards.accept(thing, bled, anchors=~thing).any()
