@@ -1,20 +1,14 @@
 """The masks, losses and curves of a ConceptSet in ComfyUI's types."""
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..em_core.errors import UserError
 from ..em_core.examples import Example
-from ..em_core.pictures import read_picture
 from ..em_core.runs.concept_set import ConceptSet
-from ..em_core.show.plots import plot_curves
+from ..em_core.show.plots import draw_curves
 from .pictures import labels_of, to_images, to_mask
 
 
@@ -36,18 +30,5 @@ def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
 
 
 def curves_image(concepts: ConceptSet) -> Float[Tensor, "1 h w 3"]:
-    """Plot the curves; without matplotlib, return a picture that says so."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "curves.png"
-        try:
-            plot_curves(concepts.curves, file)
-        except UserError as error:
-            return to_images([notice(str(error))])
-        return rearrange(read_picture(file), "c h w -> 1 h w c")
-
-
-def notice(text: str) -> Image.Image:
-    """Draw a line of text as a picture."""
-    image = Image.new("RGB", (560, 80), "white")
-    ImageDraw.Draw(image).text((12, 30), text, fill="black")
-    return image
+    """Plot the curves."""
+    return to_images([draw_curves(concepts.curves)])

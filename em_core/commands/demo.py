@@ -28,7 +28,7 @@ from ..runs.runner import run
 from ..settings import Mode
 from ..show.drawing import overlay, sheet
 from ..show.metrics import final_iou, metrics
-from ..show.plots import load_matplotlib, plot_curves
+from ..show.plots import plot_curves
 from .common import Progress, load_host, require_folder
 
 SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
@@ -84,7 +84,6 @@ def run_command(args: argparse.Namespace) -> int:
     """Write everything to --out and print a short table."""
     started, out = time.monotonic(), args.out
     require_folder(out)
-    load_matplotlib()
     host = load_host("demo")
     scene = concept_scene(args.seed, args.set)
     write_scene(scene, out / "scene")

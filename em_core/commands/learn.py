@@ -27,7 +27,7 @@ from ..runs.state_file import StateFile
 from ..runs.truth import truth_digest
 from ..settings import EMSettings, JointSettings, Mode
 from ..show.metrics import metrics
-from ..show.plots import load_matplotlib, plot_curves
+from ..show.plots import plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
 
 STATE, CONCEPTS = "state.safetensors", "concepts.safetensors"
@@ -186,7 +186,6 @@ def dtype_for(args: argparse.Namespace) -> str:
 def run_command(args: argparse.Namespace) -> int:
     """Learn and write the results; a run that is stopped says how to continue it."""
     require_folder(args.out)
-    load_matplotlib()
     state_file = args.out / STATE
     require_state(state_file, expected=args.resume)
     if not args.overwrite and not args.resume:

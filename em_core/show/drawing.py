@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..pictures import to_image
 
+# Okabe and Ito's colours, which people with any kind of colour blindness tell apart.
 COLOURS = (
-    (230, 60, 60),
-    (60, 120, 240),
-    (250, 190, 40),
-    (60, 190, 90),
-    (180, 90, 220),
-    (40, 200, 210),
+    (213, 94, 0),
+    (86, 180, 233),
+    (240, 228, 66),
+    (0, 158, 115),
+    (204, 121, 167),
+    (0, 114, 178),
+    (230, 159, 0),
 )
 
 
