@@ -36,7 +36,7 @@ class DiscoverConcepts(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint as the MODEL."),
                 io.Image.Input("image", tooltip="The picture to search; one, not a batch."),
                 io.Int.Input(
-                    "most", default=8, min=1, max=20, optional=True,
+                    "most", display_name="at most (things)", default=8, min=1, max=20, optional=True,
                     tooltip="How many things to find at most. Lower it if small things are not wanted.",
                     **ADVANCED,
                 ),

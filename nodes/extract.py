@@ -62,17 +62,19 @@ class ExtractLatentMasks(io.ComfyNode):
                     tooltip="Learned concepts, if the prompt uses any. Leave it empty to search for plain words.",
                 ),
                 io.Int.Input(
-                    "passes", default=20, min=1, max=200, optional=True,
+                    "passes", display_name="passes (noise samples)", default=20, min=1, max=200, optional=True,
                     tooltip="How many noisy versions of the picture are averaged. More passes give steadier "
                     "masks but take longer.", **ADVANCED,
                 ),
                 io.Float.Input(
-                    "threshold", default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
+                    "threshold", display_name="mask threshold (0 to 1)",
+                    default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
                     tooltip="How strongly a spot must respond, from 0 to 1, to belong to a mask. Raise it for "
                     "smaller masks. 0 uses the value that suits the model.", **ADVANCED,
                 ),
                 io.Combo.Input(
-                    "crf", options=[AUTO, *CRF_PRESETS], default=AUTO, optional=True,
+                    "crf", display_name="follow edges (CRF)",
+                    options=[AUTO, *CRF_PRESETS], default=AUTO, optional=True,
                     tooltip="Makes the masks follow the picture's edges (DenseCRF). 'auto' picks what suits "
                     "the model, 'off' skips this step.", **ADVANCED,
                 ),

@@ -167,6 +167,7 @@ def main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "mode",
+            display_name="mode (mask source)",
             options=["em", "fixed", "given", "none"],
             default="em",
             tooltip="Where the masks come from. em: found at the start and updated while learning. fixed: found "
@@ -189,6 +190,7 @@ def main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "joint",
+            display_name="also train (joint phase)",
             options=["none", "lora", "cross_attention", "full"],
             default="none",
             tooltip="Whether to go on and train the model too (the joint phase). none: tokens only, the smallest "
@@ -197,6 +199,7 @@ def main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "memory",
+            display_name="memory plan",
             options=CHOICES,
             default="auto",
             tooltip="How to spend the graphics card's memory. auto goes by what is free and by what the run "
@@ -213,18 +216,18 @@ def advanced_inputs() -> list[Any]:
     return [*token_inputs(), *mask_inputs(), *joint_inputs()]
 
 
-def number(name: str, tooltip: str, most: float = 1.0, step: float = 1e-6) -> Any:
+def number(name: str, label: str, tooltip: str, most: float = 1.0, step: float = 1e-6) -> Any:
     """An advanced number input; 0 uses what suits the model."""
     return io.Float.Input(
-        name, default=0.0, min=0.0, max=most, step=step, round=False, optional=True,
+        name, display_name=label, default=0.0, min=0.0, max=most, step=step, round=False, optional=True,
         tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
     )  # fmt: skip
 
 
-def count(name: str, tooltip: str, most: int, step: int = 1) -> Any:
+def count(name: str, label: str, tooltip: str, most: int, step: int = 1) -> Any:
     """An advanced input of a whole number; 0 uses what suits the model."""
     return io.Int.Input(
-        name, default=0, min=0, max=most, step=step, optional=True,
+        name, display_name=label, default=0, min=0, max=most, step=step, optional=True,
         tooltip=f"{tooltip} 0 uses the value that suits the model.", **ADVANCED,
     )  # fmt: skip
 
@@ -234,35 +237,41 @@ def token_inputs() -> list[Any]:
     return [
         count(
             "vectors",
+            "vectors per concept",
             "How many word-sized pieces (token vectors) describe each concept. More hold more "
             "detail, and may make the rest of a prompt count less.",
             32,
         ),
         count(
             "resolution",
+            "learning size (pixels)",
             "Pictures are resized to the area of a square with this side, in pixels. Lower it to "
             "save memory.",
             2048, 8,
         ),
         count(
             "batch",
+            "samples per step",
             "How many noisy versions of a picture each step learns from, or fewer where memory does not "
             "suffice. Lower it to save memory.",
             8,
         ),
         number(
             "learning_rate",
+            "token learning rate",
             "How fast the tokens change (their learning rate). Lower it if training is "
             "unstable, raise it if concepts are learned too slowly.",
         ),
         number(
             "attention_weight",
+            "attention loss weight",
             "How strongly each token's attention is tied to its concept's mask (weight of "
             "the attention loss). Raise it if concepts bleed into each other.",
             10.0, 0.001,
         ),
         io.Float.Input(
-            "end_of_text_weight", default=0.0, min=0.0, max=1.0, step=1e-5, round=False, optional=True,
+            "end_of_text_weight", display_name="guard against overfitting (ViCo)",
+            default=0.0, min=0.0, max=1.0, step=1e-5, round=False, optional=True,
             tooltip="Keeps each token's attention close to that of the prompt's end, which limits overfitting "
             "(ViCo's end-of-text regulariser). 0 is off; ViCo uses 0.0005.", **ADVANCED,
         ),
@@ -274,29 +283,32 @@ def mask_inputs() -> list[Any]:
     return [
         count(
             "e_step_every",
+            "update masks every (steps)",
             "How many training steps pass between updates of the masks. Lower it to update "
             "them more often, which takes longer.",
             1000,
         ),
         number(
             "threshold",
+            "mask threshold (0 to 1)",
             "How strongly a spot must respond, from 0 to 1, to belong to a mask. Raise it for "
             "smaller masks.",
             1.0, 0.01,
         ),
         io.Boolean.Input(
-            "otsu", default=False, optional=True,
+            "otsu", display_name="automatic threshold (Otsu)", default=False, optional=True,
             tooltip="Choose the threshold automatically for each mask (Otsu's method). 'threshold' is then "
             "ignored.",
             **ADVANCED,
         ),
         io.Combo.Input(
-            "crf", options=[AUTO, "off", *PRESETS], default=AUTO, optional=True,
+            "crf", display_name="follow edges (CRF)",
+            options=[AUTO, "off", *PRESETS], default=AUTO, optional=True,
             tooltip="Makes the masks follow the picture's edges while learning (DenseCRF). 'auto' picks what "
             "suits the model, 'off' skips this step.", **ADVANCED,
         ),
         io.Boolean.Input(
-            "flip", default=False, optional=True,
+            "flip", display_name="mirror at random", default=False, optional=True,
             tooltip="Mirror pictures at random while learning. Leave it off for asymmetric subjects, such as "
             "lettering.", **ADVANCED,
         ),
@@ -306,19 +318,22 @@ def mask_inputs() -> list[Any]:
 def joint_inputs() -> list[Any]:
     """Return the advanced inputs for the joint phase."""
     return [
-        count("joint_steps", "How many training steps the joint phase takes.", 20000),
+        count("joint_steps", "joint steps", "How many training steps the joint phase takes.", 20000),
         number(
             "joint_learning_rate",
+            "joint learning rate",
             "How fast the joint phase changes the model's weights (their learning "
             "rate). Lower it if pictures degrade.",
         ),
         count(
             "rank",
+            "LoRA rank",
             "Size of the LoRA (its rank). Raise it to let the LoRA hold more detail, in a larger file.",
             128,
         ),
         io.Float.Input(
-            "prior_weight", default=0.0, min=0.0, max=10.0, step=0.1, optional=True,
+            "prior_weight", display_name="prior preservation weight",
+            default=0.0, min=0.0, max=10.0, step=0.1, optional=True,
             tooltip="How strongly the joint phase is kept from forgetting what the model already knows (prior "
             "preservation). 0 is off; Break-a-Scene uses 1.", **ADVANCED,
         ),

@@ -49,17 +49,20 @@ class RefineCRF(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "together",
+                    display_name="refine together (no overlap)",
                     default=True,
                     tooltip="Refine all masks of a picture together, so that none overlap. When off, each is "
                     "refined on its own.",
                 ),
                 io.Boolean.Input(
                     "soft",
+                    display_name="soft masks (grey)",
                     default=False,
                     tooltip="Output the probability at each pixel, in shades of grey, instead of black and white.",
                 ),
                 io.Int.Input(
                     "iterations",
+                    display_name="iterations per round",
                     default=0,
                     min=0,
                     max=100,
@@ -70,6 +73,7 @@ class RefineCRF(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "working_size",
+                    display_name="working size (pixels)",
                     default=512,
                     min=0,
                     max=4096,
@@ -80,6 +84,7 @@ class RefineCRF(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength",
+                    display_name="mask strength",
                     default=1.0,
                     min=0.0,
                     max=20.0,

@@ -78,9 +78,12 @@ class Server:
     def log_text(self) -> str:
         return (self.base / "server.log").read_text(errors="replace")
 
-    def get(self, path: str) -> Any:
+    def text(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.loads(answer.read())
+            return str(answer.read().decode())
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.text(path))
 
     def post(self, path: str, body: Any) -> Any:
         request = urllib.request.Request(

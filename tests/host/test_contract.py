@@ -2,43 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from described import SNAPSHOT, contract, ours
 from found import ROOT, run_script
 from server import Server
 from workflow_ui import to_api
 
-SNAPSHOT = Path(__file__).parent / "schema.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IDS = {
     "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
     "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
 }  # fmt: skip
-
-
-def ours(server: Server) -> dict[str, Any]:
-    """The nodes that this pack registers."""
-    info = server.get("/object_info")
-    return {
-        n: of for n, of in info.items() if "visual-concepts" in str(of.get("python_module", ""))
-    }
-
-
-def contract(info: dict[str, Any]) -> dict[str, Any]:
-    """What must not change: the rest (texts, limits) may."""
-    return {
-        name: {
-            "inputs": [
-                [kind, key, spec[0] if isinstance(spec[0], str) else "COMBO"]
-                for kind in ("required", "optional")
-                for key, spec in of["input"].get(kind, {}).items()
-            ],
-            "outputs": list(zip(of["output"], of["output_name"], strict=True)),
-            "output_node": of["output_node"],
-        }
-        for name, of in sorted(info.items())
-    }
 
 
 def test_schema_snapshot(server: Server) -> None:
