@@ -1,4 +1,4 @@
-"""The command line: `python -m em_core demo|scene|discover|learn|masks|generate|refine`."""
+"""The command line: `python -m em_core demo|scene|discover|learn|masks|generate|evaluate|refine`."""
 
 import argparse
 import sys
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .commands import demo, discover, generate, learn, masks, refine, scene
+from .commands import demo, discover, evaluate, generate, learn, masks, refine, scene
 from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError
 
-COMMANDS = (demo, scene, discover, learn, masks, generate, refine)
+COMMANDS = (demo, scene, discover, learn, masks, generate, evaluate, refine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

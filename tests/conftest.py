@@ -1,4 +1,4 @@
-"""Shapes in the signatures of em_core are checked while the tests run; skipped host tests are told."""
+"""Shapes in the signatures of em_core are checked while the tests run; what was skipped is told."""
 
 import os
 
@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 hook = install_import_hook("em_core", "beartype.beartype")
 
 HOST_TESTS = "tests/host/"
+EVALUATE_TESTS = ("tests/core/test_encoders.py", "tests/core/test_evaluate.py")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -17,6 +18,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or config.option.collectonly:
         return
+    compared = [r for r in reporter.stats.get("skipped", ()) if r.nodeid.startswith(EVALUATE_TESTS)]
+    if compared:
+        why = {str(report.longrepr[2]).removeprefix("Skipped: ") for report in compared}
+        reporter.write_line(
+            f"Measures of pictures: {len(compared)} tests were SKIPPED. {' '.join(sorted(why))}",
+            red=True,
+        )
     reports = {
         kind: [r for r in reporter.stats.get(kind, ()) if r.nodeid.startswith(HOST_TESTS)]
         for kind in ("passed", "failed", "skipped")

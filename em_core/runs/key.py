@@ -14,7 +14,7 @@ from ..settings import EMSettings, JointSettings, to_json
 from .digest import Digest
 
 CORE = Path(__file__).parents[1]
-ELSEWHERE = ("commands", "demo", "show")  # parts of the core that no run depends on
+ELSEWHERE = ("commands", "demo", "evaluate", "show")  # parts of the core that no run depends on
 IN_NODES = ("host", "learning")
 
 

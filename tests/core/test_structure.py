@@ -27,6 +27,7 @@ ORDER = (
     {"runs"},
     {"hosts"},
     {"show"},
+    {"evaluate"},
     {"demo"},
     {"__init__", "__main__", "commands"},
 )
