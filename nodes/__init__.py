@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import ApplyConceptTokens
 from .demo import DemoScene, LoadDemoModel
 from .discover import DiscoverConcepts
+from .evaluate import EvaluateConcepts
 from .examples import ConceptExample
 from .extract import ExtractLatentMasks
 from .files import LoadConcepts, SaveConcepts
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyConceptTokens,
     SaveConcepts,
     LoadConcepts,
+    EvaluateConcepts,
     LoadDemoModel,
     DemoScene,
     CompareMasks,

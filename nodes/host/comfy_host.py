@@ -366,7 +366,12 @@ class ComfyHost:
 
     @torch.no_grad()
     def draw(
-        self, prompt: ConceptPrompt, vectors: ConceptVectors, seeds: Sequence[int]
+        self,
+        prompt: ConceptPrompt,
+        vectors: ConceptVectors,
+        seeds: Sequence[int],
+        steps: int = 20,
+        guidance: float = 5.0,
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, with ComfyUI's Euler sampler."""
         import comfy.sample
@@ -381,7 +386,7 @@ class ComfyHost:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(1, self.models.channels, side, side, generator=generator)
             latent = comfy.sample.sample(
-                self.model, noise, 20, 5.0, "euler", "normal", *conds, torch.zeros_like(noise),
+                self.model, noise, steps, guidance, "euler", "normal", *conds, torch.zeros_like(noise),
                 disable_pbar=True, seed=seed,
             )  # fmt: skip
             self.loaded = False

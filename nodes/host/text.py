@@ -59,15 +59,19 @@ def refuse_unknown(mark: str, name: str, known: Iterable[str]) -> str:
     )
 
 
+def known_names(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Return those of the concepts' names that a CLIP knows already."""
+    parts = [part for part in vars(tokenizer).values() if isinstance(part, ConceptTokens)]
+    return [name for name in names if any(name in part.concepts for part in parts)]
+
+
 def require_new_names(tokenizer: Any, names: Iterable[str]) -> None:
     """Refuse concepts whose names a CLIP knows already.
 
     Raises:
         UserError: there is such a name.
     """
-    parts = [part for part in vars(tokenizer).values() if isinstance(part, ConceptTokens)]
-    twice = [name for name in names if any(name in part.concepts for part in parts)]
-    if twice:
+    if twice := known_names(tokenizer, names):
         raise UserError(
             f"Two Apply Concept Tokens give this CLIP a concept {', '.join(twice)}, and only one of them could "
             "be meant in a prompt. Learn one of them under another name, or take one of the nodes out."

@@ -13,6 +13,7 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IDS = {
     "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
     "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
+    "EvaluateConcepts",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Nodes of "another pack", for tests alone: they look at values, patch a model, and stand in the way."""
 
 import hashlib
+import json
 import os
 import time
 
@@ -237,6 +238,51 @@ class TestControlNet:
         )
 
 
+class TestClipVision:
+    """A small random CLIP_VISION of the kind that Load CLIP Vision gives: CLIP's or DINOv2."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("CLIP_VISION",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"kind": (["clip", "dino"],), "seed": ("INT", {"default": 0})}}
+
+    def run(self, kind, seed):
+        from comfy.clip_vision import ClipVisionModel
+
+        config = {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14, "num_channels": 3, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
+        }  # fmt: skip
+        more = {
+            "clip": {"model_type": "clip_vision_model", "projection_dim": 12},
+            "dino": {"model_type": "dinov2", "use_swiglu_ffn": False, "image_size": 518},
+        }
+        os.makedirs(folder_paths.get_temp_directory(), exist_ok=True)
+        file = os.path.join(folder_paths.get_temp_directory(), f"{kind}.json")
+        with open(file, "w") as out:
+            json.dump(config | more[kind], out)
+        with torch.inference_mode(False):
+            vision = ClipVisionModel(file)
+            generator = torch.Generator().manual_seed(seed)
+            for _, p in sorted(vision.model.named_parameters()):
+                p.data = torch.randn(p.shape, generator=generator) * 0.3
+        return (vision,)
+
+
+class TestVisionEmbeds:
+    """The vectors in what CLIP Vision Encode gives."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", (Anything("*"),)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"output": ("CLIP_VISION_OUTPUT",)}}
+
+    def run(self, output):
+        return (output["image_embeds"],)
+
+
 NODE_CLASS_MAPPINGS = {
     c.__name__: c
     for c in (
@@ -249,5 +295,7 @@ NODE_CLASS_MAPPINGS = {
         TestUnreadable,
         TestSlow,
         TestControlNet,
+        TestClipVision,
+        TestVisionEmbeds,
     )
 }
