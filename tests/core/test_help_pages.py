@@ -10,8 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS, LOCALES = ROOT / "web" / "docs", ROOT / "locales"
 NODES: dict[str, Any] = json.loads((ROOT / "tests/host/schema.json").read_text(encoding="utf-8"))
-LANGUAGES = ("en",)
-OTHERS = tuple(language for language in LANGUAGES if language != "en")
+LANGUAGES = ("en", "zh", "ja")
 CODE = re.compile(r"`[^`\n]*`")
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 EAST_ASIAN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")

@@ -8,7 +8,7 @@ from server import ROOT, Server
 
 SNAPSHOT = Path(__file__).parent / "schema.json"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
-FILES = {("LoadConcepts", "name")}
+FILES = {("LoadConcepts", "name"), ("EvaluateConcepts", "text_clip"), ("EvaluateConcepts", "lpips")}
 """Inputs whose options are the user's files."""
 
 

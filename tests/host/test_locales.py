@@ -6,7 +6,7 @@ import pytest
 from described import ENGLISH, ours, words
 from server import ROOT, Server
 
-LANGUAGES = ("en",)
+LANGUAGES = ("en", "zh", "ja")
 
 
 def test_english_is_the_schema(server: Server) -> None:
