@@ -70,6 +70,7 @@ def literal(settings: EMSettings) -> EMSettings:
     return replace(
         settings,
         generic_word="",
+        decay_after=None,
         e_step_every=1,
         refresh=1,
         free_statistics=False,

@@ -1,7 +1,8 @@
 """Settings of a run: one frozen dataclass per part.
 
 Where our defaults differ from the papers', the papers' values are given. VCD is Rahman et al. 2024,
-arXiv 2402.11487; Break-a-Scene is Avrahami et al. 2023; ViCo is Hao et al. 2023, arXiv 2306.00971.
+arXiv 2402.11487; Break-a-Scene is Avrahami et al. 2023; ViCo is Hao et al. 2023, arXiv 2306.00971;
+MuDI is Jang et al. 2024, arXiv 2404.04243.
 """
 
 import json
@@ -31,6 +32,9 @@ class EMSettings:
         steps: number of M-steps (VCD: "usually 400").
         seed: seed of all random draws in the run.
         learning_rate: AdamW's learning rate for the token vectors (Break-a-Scene: 5e-4 in CLIP's scale).
+        decay_after: steps at the full learning rate, after which it falls as the inverse square of the
+            step. The vectors then come to rest however many steps there are: all later ones together
+            move them no farther than the first ones did. None keeps the rate (Break-a-Scene).
         batch: noise samples per step, all of one picture (Break-a-Scene: 1).
         vectors: token vectors per concept.
         generic_word: what concepts without words start from, a word that fits any thing; "" starts
@@ -58,6 +62,7 @@ class EMSettings:
     steps: int = 400
     seed: int = 0
     learning_rate: float = 5e-4
+    decay_after: int | None = 400
     batch: int = 1
     vectors: int = 1
     generic_word: str = "object"
@@ -81,6 +86,7 @@ class EMSettings:
         require("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32 per concept")
         require("learning rate", self.learning_rate, is_rate(self.learning_rate), RATE)
         require("e_step_every", self.e_step_every, self.e_step_every >= 1, "at least 1")
+        require("decay_after", self.decay_after, is_decay(self.decay_after), DECAY)
         for name in ("refresh", "attention_weight", "end_of_text_weight"):
             value = getattr(self, name)
             require(name, value, value >= 0, "at least 0")
@@ -118,12 +124,16 @@ class JointSettings:
         text_learning_rate: that of the text encoders' weights; None takes a tenth of `learning_rate`
             for a LoRA (Mix-of-Show: 1e-5) and `learning_rate` itself for whole weights.
         token_learning_rate: learning rate of the token vectors; None keeps them as the EM loop left them.
+        decay_after: steps at the full rates, as in :class:`EMSettings`.
         rank, alpha: rank of the LoRA, and its alpha: the output is scaled by alpha / rank. None takes
             the rank, so that nothing is scaled: Mix-of-Show's rank 4 and alpha 1, since its alpha is
             the whole factor.
         prior_weight: weight of the prior preservation loss; 0 is off (Break-a-Scene: 1).
         prior_prompt: prompt of the prior pictures, which the model draws itself.
         prior_pictures: number of prior pictures (Break-a-Scene: 100).
+        seg_mix: share of steps that learn from pictures in which the concepts, cut out by their masks,
+            are put together anew (MuDI's Seg-Mix); 0 is off (MuDI: 0.3).
+        seg_mix_pictures: number of such pictures made of each picture.
     """
 
     kind: WeightKind = "none"
@@ -131,11 +141,14 @@ class JointSettings:
     learning_rate: float | None = None
     text_learning_rate: float | None = None
     token_learning_rate: float | None = 5e-5
+    decay_after: int | None = 400
     rank: int = 4
     alpha: float | None = None
     prior_weight: float = 0.0
     prior_prompt: str = "a photo"
     prior_pictures: int = 8
+    seg_mix: float = 0.0
+    seg_mix_pictures: int = 16
 
     def __post_init__(self) -> None:
         require(
@@ -152,6 +165,10 @@ class JointSettings:
         require("alpha", self.alpha, self.alpha is None or self.alpha > 0, "more than 0")
         require("prior_weight", self.prior_weight, self.prior_weight >= 0, "at least 0")
         require("prior_pictures", self.prior_pictures, self.prior_pictures >= 1, "at least 1")
+        require("decay_after", self.decay_after, is_decay(self.decay_after), DECAY)
+        require("seg_mix", self.seg_mix, 0 <= self.seg_mix <= 1, "a share, 0 to 1")
+        count = self.seg_mix_pictures
+        require("seg_mix_pictures", count, count >= 1, "at least 1")
 
     @property
     def weights_rate(self) -> float:
@@ -171,11 +188,17 @@ class JointSettings:
 
 
 RATE = "a number greater than 0 and at most 1"
+DECAY = "at least 1, or None"
 
 
 def is_rate(value: float) -> bool:
     """Return whether `value` can be a learning rate."""
     return 0 < value <= 1
+
+
+def is_decay(steps: int | None) -> bool:
+    """Return whether a learning rate can fall after so many steps."""
+    return steps is None or steps >= 1
 
 
 def to_json(settings: Any) -> dict[str, Any]:

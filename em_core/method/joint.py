@@ -14,7 +14,7 @@ from ..model.protocol import loss_scale, to_host
 from ..prompts import ConceptPrompt
 from . import losses
 from .loop import Step, StepEvent, recorded
-from .m_step import Terms, forward_backward
+from .m_step import Mixes, Terms, forward_backward
 from .maps import like_noise
 from .optimizer import (
     LearnableVectors,
@@ -25,9 +25,11 @@ from .optimizer import (
     learned,
     moments_of,
     named_vectors,
+    rate_factor,
     with_fitting_scale,
 )
 from .problem import Problem
+from .seg_mix import make_mixes
 from .state import RunState, generator_at
 
 UNET = re.compile(r"weights/(unet|diffusion_model)\.")  # as the two hosts name them
@@ -41,13 +43,17 @@ class Learner:
         vectors: the concepts', with gradients.
         parameters: name, as in the moments -> everything that the optimizer changes.
         optimizer: AdamW over the parameters.
+        rates: full learning rates of the optimizer's groups.
         priors: latents of the prior's pictures, or None where the prior is off.
+        mixes: see :mod:`em_core.method.seg_mix`; None where it is off.
     """
 
     vectors: LearnableVectors
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.AdamW
+    rates: tuple[float, ...]
     priors: Tensor | None
+    mixes: Mixes | None
 
 
 def learn_joint(problem: Problem, state: RunState) -> Iterator[Step]:
@@ -64,11 +70,11 @@ def learn_joint(problem: Problem, state: RunState) -> Iterator[Step]:
         return
     if state.phase == "em":
         state = replace(state, phase="joint", step=0, moments={})
-    priors = prior_latents(problem)
+    priors, mixes = prior_latents(problem), make_mixes(problem, state)
     generator = generator_at(state.generator)
     with trainable_parts(problem, state, generator) as parts:
         state = replace(state, weights=weights_of(parts), generator=generator.get_state())
-        learner = make_learner(problem, state, parts, priors)
+        learner = make_learner(problem, state, parts, priors, mixes)
         while state.step < joint.steps:
             step = partial(joint_step, problem, state, learner)
             event, state = with_fitting_scale(problem.host, step)
@@ -91,7 +97,11 @@ def weights_of(parts: TrainableParts) -> dict[str, Tensor]:
 
 
 def make_learner(
-    problem: Problem, state: RunState, parts: TrainableParts, priors: Tensor | None
+    problem: Problem,
+    state: RunState,
+    parts: TrainableParts,
+    priors: Tensor | None,
+    mixes: Mixes | None,
 ) -> Learner:
     """AdamW with one group for the UNet's weights, one for the text encoders' and, unless they are
     kept, one for the tokens."""
@@ -111,14 +121,19 @@ def make_learner(
     optimizer = torch.optim.AdamW(groups, lr=joint.weights_rate, weight_decay=1e-2, foreach=foreach)
     parameters = weights | tokens
     give_moments(optimizer, parameters, state.moments)
-    return Learner(vectors, parameters, optimizer, priors)
+    rates = tuple(float(group["lr"]) for group in groups)
+    return Learner(vectors, parameters, optimizer, rates, priors, mixes)
 
 
 def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
     """One step on tokens and weights. Nothing changes before its last action, the optimizer's step."""
     generator = generator_at(state.generator)
     learner.optimizer.zero_grad(set_to_none=True)
-    _, terms, _ = forward_backward(problem, replace(state, vectors=learner.vectors), generator)
+    share = rate_factor(state.step, problem.joint.decay_after)
+    for group, rate in zip(learner.optimizer.param_groups, learner.rates, strict=True):
+        group["lr"] = rate * share
+    learning = replace(state, vectors=learner.vectors)
+    _, terms, _ = forward_backward(problem, learning, generator, mixes=learner.mixes)
     if learner.priors is not None:
         terms = terms | prior_term(problem, learner.priors, generator)
     scale = loss_scale(problem.host)

@@ -14,6 +14,7 @@ from ..masks.resizing import resize
 from ..model.layers import loss_layers, mask_layers
 from ..model.protocol import Conditioning, loss_scale, to_host
 from ..model.recording import AttentionMaps, mean_maps
+from ..prompts import ConceptPrompt
 from ..settings import EMSettings
 from . import losses
 from .maps import like_noise, one_time, recorder_for
@@ -25,10 +26,14 @@ from .optimizer import (
     learned,
     moments_of,
     named_vectors,
+    rate_factor,
 )
 from .problem import Prepared, Problem
-from .state import RunState, generator_at
+from .seg_mix import Mix
+from .state import PictureState, RunState, generator_at
 
+Mixes = Sequence[Sequence[Mix]]
+"""Of each picture, its mixes."""
 Terms = dict[str, Tensor]
 
 
@@ -39,37 +44,99 @@ class Draw:
     Attributes:
         index: which picture.
         subsets: the concepts' names in the order in which each prompt has them.
+        prompts: the prompts.
         present: [b, k] 1 where the picture's k-th concept stands in the sample's prompt.
         flipped: the picture is mirrored.
+        masks: of the picture's concepts in each sample, 0..1.
     """
 
     index: int
     subsets: tuple[tuple[str, ...], ...]
+    prompts: tuple[ConceptPrompt, ...]
     present: Float[Tensor, "b k"]
     flipped: bool
     t: Float[Tensor, " b"]
     eps: Float[Tensor, "b c h w"]
     Z0: Float[Tensor, "b c h w"]
+    masks: Float[Tensor, "b k H W"]
 
 
-def draw(problem: Problem, state: RunState, generator: torch.Generator) -> Draw:
-    """Pick a picture, subsets of the concepts that were found in it, times and noise."""
+@dataclass(frozen=True)
+class Samples:
+    """Latents, concepts and masks of a batch of one picture, see :class:`Draw`."""
+
+    subsets: tuple[tuple[str, ...], ...]
+    prompts: tuple[ConceptPrompt, ...]
+    flipped: bool
+    Z0: Float[Tensor, "b c h w"]
+    masks: Float[Tensor, "b k H W"]
+
+
+def draw(
+    problem: Problem, state: RunState, generator: torch.Generator, mixes: Mixes | None = None
+) -> Draw:
+    """Pick a picture, subsets of the concepts that were found in it, times and noise.
+
+    With `mixes`, the samples are some of its mixes as often as the settings of the joint phase say.
+    """
     settings, host = problem.settings, problem.host
     found_in = names_found(problem, state)
     usable = [i for i, found in enumerate(found_in) if found]
     index = usable[int(torch.randint(len(usable), (), generator=generator))]
     prepared, found = problem.pictures[index], found_in[index]
-    names = found if settings.draws_subsets else prepared.names
-    subsets = tuple(draw_subset(names, settings, generator) for _ in range(settings.batch))
-    flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
-    Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
+    mixed = bool(mixes) and bool(torch.rand((), generator=generator) < problem.joint.seg_mix)
+    samples = (
+        mixed_samples(prepared, settings, mixes[index], generator)
+        if mixes and mixed
+        else own_samples(prepared, settings, found, state.pictures[index], generator)
+    )
     times = 1 if one_time(host) else settings.batch
     t = to_host(host.schedule.draw_times(times, generator).expand(settings.batch), host)
     present = torch.tensor(
-        [[float(n in s and n in found) for n in prepared.names] for s in subsets]
+        [[float(n in s and n in found) for n in prepared.names] for s in samples.subsets]
     )
-    eps = like_noise(Z0, settings.batch, generator)
-    return Draw(index, subsets, to_host(present, host), flipped, t, eps, Z0.expand_as(eps))
+    eps = like_noise(samples.Z0, settings.batch, generator)
+    return Draw(
+        index=index,
+        subsets=samples.subsets,
+        prompts=samples.prompts,
+        present=to_host(present, host),
+        flipped=samples.flipped,
+        t=t,
+        eps=eps,
+        Z0=samples.Z0.expand_as(eps),
+        masks=samples.masks.expand(settings.batch, -1, -1, -1),
+    )
+
+
+def own_samples(
+    prepared: Prepared,
+    settings: EMSettings,
+    found: Sequence[str],
+    state: PictureState,
+    generator: torch.Generator,
+) -> Samples:
+    """The picture itself; without union sampling its prompt stands as the user wrote it."""
+    prompt = prepared.example.prompt
+    names = found if settings.draws_subsets else prepared.names
+    subsets = tuple(draw_subset(names, settings, generator) for _ in range(settings.batch))
+    prompts = tuple(prompt.subset(s) if settings.draws_subsets else prompt for s in subsets)
+    flipped = settings.flip and bool(torch.rand((), generator=generator) < 0.5)
+    Z0 = prepared.Z0_flipped if flipped and prepared.Z0_flipped is not None else prepared.Z0
+    masks = state.masks.flip(-1) if flipped else state.masks
+    return Samples(subsets, prompts, flipped, Z0, masks[None])
+
+
+def mixed_samples(
+    prepared: Prepared, settings: EMSettings, mixes: Sequence[Mix], generator: torch.Generator
+) -> Samples:
+    """Some of the picture's mixes, one for each sample."""
+    picks = torch.randint(len(mixes), (settings.batch,), generator=generator).tolist()
+    chosen = [mixes[pick] for pick in picks]
+    subsets = tuple(mix.names for mix in chosen)
+    prompts = tuple(prepared.example.prompt.subset(names) for names in subsets)
+    Z0 = torch.cat([mix.Z0 for mix in chosen])
+    return Samples(subsets, prompts, False, Z0, torch.stack([mix.masks for mix in chosen]))
 
 
 def names_found(problem: Problem, state: RunState) -> list[list[str]]:
@@ -91,11 +158,8 @@ def draw_subset(
 
 
 def condition(problem: Problem, state: RunState, drawn: Draw) -> Conditioning:
-    """Encode the drawn prompts; without union sampling the prompt stands as the user wrote it."""
-    prompt = problem.pictures[drawn.index].example.prompt
-    sampled = problem.settings.draws_subsets
-    prompts = [prompt.subset(subset) if sampled else prompt for subset in drawn.subsets]
-    return problem.host.encode_prompts(prompts, state.vectors)
+    """Encode the drawn prompts."""
+    return problem.host.encode_prompts(drawn.prompts, state.vectors)
 
 
 def recorded_layers(problem: Problem, prepared: Prepared, phase: str) -> tuple[str, ...]:
@@ -130,9 +194,8 @@ def m_step(
     learning = replace(state, vectors=vectors)
     drawn, terms, maps = forward_backward(problem, learning, generator, first)
     parameters = named_vectors(vectors)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0
-    )
+    rate = settings.learning_rate * rate_factor(state.step, settings.decay_after)
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=rate, weight_decay=0.0)
     give_moments(optimizer, parameters, state.moments)
     scale = loss_scale(problem.host)
     values = clip_and_step(optimizer, terms, settings.gradient_clip, state, scale)
@@ -147,11 +210,15 @@ def m_step(
 
 
 def forward_backward(
-    problem: Problem, state: RunState, generator: torch.Generator, first: bool = False
+    problem: Problem,
+    state: RunState,
+    generator: torch.Generator,
+    first: bool = False,
+    mixes: Mixes | None = None,
 ) -> tuple[Draw, Terms, AttentionMaps]:
     """Draw, predict, and add the loss's gradient, times the host's scale, to the parameters'."""
     host = problem.host
-    drawn = draw(problem, state, generator)
+    drawn = draw(problem, state, generator, mixes)
     prepared = problem.pictures[drawn.index]
     if first:
         require_reached(problem, state, drawn)
@@ -215,15 +282,12 @@ def loss_terms(
     schedule = problem.host.schedule
     target = schedule.target(drawn.Z0, drawn.eps, drawn.t)
     weight = schedule.weight(drawn.t)
-    masks = state.pictures[drawn.index].masks
-    masks = masks.flip(-1) if drawn.flipped else masks
-    terms = {
-        "diffusion": diffusion_term(settings, prediction, target, masks, drawn.present, weight)
-    }
+    masks, present = drawn.masks, drawn.present
+    terms = {"diffusion": diffusion_term(settings, prediction, target, masks, present, weight)}
     weights = {"diffusion": 1.0}
     if settings.mode != "none" and settings.has_attention_terms:
         prepared = problem.pictures[drawn.index]
-        terms |= attention_terms(settings, loss_maps(prepared, maps), masks, drawn.present)
+        terms |= attention_terms(settings, loss_maps(prepared, maps), masks, present)
         weights |= {
             "attention": settings.attention_weight,
             "end_of_text": settings.end_of_text_weight,
@@ -236,7 +300,7 @@ def diffusion_term(
     settings: EMSettings,
     prediction: Float[Tensor, "b c h w"],
     target: Float[Tensor, "b c h w"],
-    masks: Float[Tensor, "k H W"],
+    masks: Float[Tensor, "b k H W"],
     present: Float[Tensor, "b k"],
     weight: Float[Tensor, " b"],
 ) -> Float[Tensor, ""]:
@@ -244,7 +308,7 @@ def diffusion_term(
     if not settings.masks_loss:
         return losses.diffusion_loss(prediction, target, weight)
     small = resize(masks, (prediction.shape[-2], prediction.shape[-1]), "mask")
-    mask = union(small[None] * present[:, :, None, None])
+    mask = union(small * present[:, :, None, None])
     return losses.masked_diffusion_loss(prediction, target, mask, weight, settings.normalisation)
 
 
@@ -258,12 +322,12 @@ def loss_maps(prepared: Prepared, maps: AttentionMaps) -> Float[Tensor, "b k h w
 def attention_terms(
     settings: EMSettings,
     maps: Float[Tensor, "b k1 h w"],
-    masks: Float[Tensor, "k H W"],
+    masks: Float[Tensor, "b k H W"],
     present: Float[Tensor, "b k"],
 ) -> Terms:
     """Eq. 4, and ViCo's regulariser where it is on. The last map is the end-of-text token's."""
     A, end = maps[:, :-1], maps[:, -1:]
-    small = resize(masks, (A.shape[-2], A.shape[-1]), "mask")[None].expand_as(A)
+    small = resize(masks, (A.shape[-2], A.shape[-1]), "mask")
     terms = {"attention": losses.attention_loss(A, small, present)}
     if settings.end_of_text_weight:
         terms["end_of_text"] = losses.end_of_text_regulariser(A, end, present)

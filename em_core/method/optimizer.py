@@ -59,6 +59,11 @@ def moments_of(
     return {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
 
 
+def rate_factor(step: int, decay_after: int | None) -> float:
+    """Share of the full learning rate after `step` steps: 1, then the inverse square of the step."""
+    return 1.0 if decay_after is None else min(1.0, decay_after / (step + 1)) ** 2
+
+
 class GradientOverflow(TrainingError):
     """The loss is finite, but its gradient is not."""
 

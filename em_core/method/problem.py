@@ -80,16 +80,22 @@ def prepare(
     """Resize and encode the pictures once.
 
     Raises:
-        UserError: no example, or prompts that contradict each other.
+        UserError: no example, prompts that contradict each other, or settings that do.
     """
     if not examples:
         raise UserError("No example to learn from. Give at least one picture with its prompt.")
+    joint = joint or JointSettings()
+    if joint.seg_mix and settings.mode == "none":
+        raise UserError(
+            "Seg-Mix cuts concepts out by their masks, and mode none has no masks. Expected seg_mix 0, or "
+            "another mode."
+        )
     concepts = merge_concepts(example.prompt for example in examples)
     pictures = tuple(
         prepare_picture(host, example, settings.masks, settings.image_side, settings.flip)
         for example in examples
     )
-    return Problem(host, pictures, concepts, settings, joint or JointSettings())
+    return Problem(host, pictures, concepts, settings, joint)
 
 
 def prepare_picture(
