@@ -17,13 +17,15 @@ def em_settings(family: str) -> EMSettings:
     1.x's and 2.x's 16, 32 and 64, and at 1024 px SDXL's 32 and 64, as it has no others.
 
     The demo model's token vectors are small and need larger steps, and its objects are a tenth of a
-    picture. Its peak is the maximum, since its maps have 256 cells.
+    picture. Its peak is the maximum, since its maps have 256 cells. In each family the rates are full
+    for as many steps as the defaults have, and fall after that.
     """
     if family != DEMO_FAMILY:
         return EMSettings()
     return EMSettings(
         steps=120,
         learning_rate=0.02,
+        decay_after=120,
         batch=2,
         generic_word="thing",
         attention_weight=0.2,
@@ -45,6 +47,7 @@ def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
         learning_rate=rate,
         text_learning_rate=rate,
         token_learning_rate=2e-3,
+        decay_after=100,
         alpha=1.0,
     )
 

@@ -73,6 +73,7 @@ def test_joint_settings_survive_json() -> None:
         ({"attention_weight": -0.1}, "Bad attention_weight"),
         ({"gradient_clip": 0.0}, "Bad gradient_clip"),
         ({"image_side": 0}, "Bad side of pictures"),
+        ({"decay_after": 0}, "Bad decay_after. Expected at least 1, or None, got 0"),
     ],
 )
 def test_settings_out_of_range(change: dict, says: str) -> None:
@@ -89,6 +90,9 @@ def test_settings_out_of_range(change: dict, says: str) -> None:
         (JointSettings, {"learning_rate": 0.0}, "Bad learning_rate of the joint phase"),
         (JointSettings, {"token_learning_rate": float("nan")}, "Bad token_learning_rate"),
         (JointSettings, {"prior_weight": -1.0}, "Bad prior_weight"),
+        (JointSettings, {"decay_after": 0}, "Bad decay_after"),
+        (JointSettings, {"seg_mix": 1.5}, "Bad seg_mix. Expected a share, 0 to 1, got 1.5"),
+        (JointSettings, {"seg_mix_pictures": 0}, "Bad seg_mix_pictures"),
     ],
 )
 def test_other_settings_out_of_range(kind: type, change: dict, says: str) -> None:

@@ -1,0 +1,168 @@
+"""Table of the pictures that pictures.py drew and judged: results/pictures.md.
+
+    python benchmarks/pictures_table.py
+
+A scene's value is its mean over prompts, drawings and seeds; means and paired differences are over scenes,
+with 95% intervals by Student's t and the number of scenes in brackets. A difference is over the scenes
+that both arms have, so the table can be made before all runs are there.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from em import read_rows
+from em_table import Line, Runs, interval, less, markdown, shown
+from pictures import ARMS, MAIN, RESULTS, Row
+
+TOGETHER = ("together", "elsewhere", "other_order")
+"""Prompts of all concepts; these and the one with a known thing can mix."""
+COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "score": ("score", ()),
+    "shape": ("shape", ()),
+    "colour": ("colour", ()),
+    "pattern": ("pattern", ()),
+    "all there once": ("all_once", TOGETHER),
+    "mixing": ("mixing", (*TOGETHER, "with_known")),
+    "extra things": ("extra", ()),
+    "background": ("background", ()),
+}
+Aim = tuple[str, str, str, Callable[[float], bool]]
+
+
+def values(rows: Sequence[Row], arm: str, column: str, sets: str = "") -> Runs:
+    """Scene and seed -> mean of a judgement over the prompts that it is of."""
+    field, kinds = COLUMNS[column]
+    found: Runs = {}
+    for row in rows:
+        if row["arm"] == arm and (not sets or row["set"] in sets):
+            at = row["fields"].index(field)
+            judged = [
+                each[at]
+                for kind, of_kind in row["pictures"].items()
+                if not kinds or kind in kinds
+                for each in of_kind
+            ]
+            found[row["set"], row["scene"], row["seed"]] = float(np.mean(judged))
+    return found
+
+
+def overview(rows: Sequence[Row], arms: Sequence[str], sets: str = "") -> list[str]:
+    """Mean of every judgement for every arm."""
+    lines: list[Line] = []
+    for arm in arms:
+        cells = [shown(interval(values(rows, arm, column, sets))) for column in COLUMNS]
+        if any(cells):
+            lines.append((f"`{arm}`", *cells))
+    return markdown(("arm", *COLUMNS), lines)
+
+
+def differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Paired differences of arms."""
+    lines: list[Line] = []
+    for one, other in pairs:
+        cells = [
+            shown(interval(less(values(rows, one, column), values(rows, other, column))), "+")
+            for column in COLUMNS
+        ]
+        if any(cells):
+            lines.append((f"`{one}` over `{other}`", *cells))
+    return markdown(("difference", *COLUMNS), lines)
+
+
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The paper's claim with and without a LoRA, and each other arm against what it changes."""
+    masks = ("none", "fixed", "read_once", "given")
+    claim = [(f"em{more}", f"{mask}{more}") for more in ("", "+lora") for mask in masks]
+    joint = [(f"{mask}+lora", mask) for mask in ("em", *masks)]
+    rest = [(arm, "em" if ARMS[arm].joint == "none" else "em+lora") for arm in arms]
+    return [*claim, *joint, *((arm, base) for arm, base in rest if arm not in MAIN)]
+
+
+def aims(rows: Sequence[Row], arm: str) -> list[str]:
+    """What was aimed at, as shares of the ceiling where it says so, and what an arm reaches."""
+
+    def mean(column: str, of: str = arm, sets: str = "") -> float:
+        return interval(values(rows, of, column, sets))[0]
+
+    def of_ceiling(column: str, sets: str = "") -> float:
+        return mean(column, sets=sets) / mean(column, "ceiling", sets)
+
+    masks = arm.removeprefix("em")
+    wanted: list[tuple[str, str, float, bool]] = [
+        ("all there once, of the ceiling", ">= 90%", of_ceiling("all there once"), True),
+        ("shape of A, of the ceiling", ">= 85%", of_ceiling("shape", "A"), True),
+        ("shape of B, of the ceiling", ">= 75%", of_ceiling("shape", "B"), True),
+        ("colour, of the ceiling", ">= 95%", of_ceiling("colour"), True),
+        ("pattern, of the ceiling", ">= 85%", of_ceiling("pattern"), True),
+        ("background, of the ceiling", ">= 95%", of_ceiling("background"), True),
+        ("pictures that mix", "<= 5%", mean("mixing"), False),
+    ]
+    lines: list[Line] = []
+    for what, aim, found, more in wanted:
+        bar = float(aim.strip("<>=% ")) / 100
+        reached = found >= bar if more else found <= bar
+        lines.append((what, aim, f"{found:.1%}", "yes" if reached else "no"))
+    for other, aim, bar in (("given", ">= -.03", -0.03), ("none", ">= +.15", 0.15)):
+        gain = interval(less(values(rows, arm, "score"), values(rows, other + masks, "score")))
+        answer = "yes" if gain[0] >= bar else "no"
+        lines.append((f"score over `{other}{masks}`", aim, shown(gain, "+"), answer))
+    return markdown((f"aim, for `{arm}`", "aimed at", "found", "reached"), lines)
+
+
+def by_prompt(rows: Sequence[Row], arm: str) -> list[str]:
+    """Mean score, extra things and background of an arm by kind of prompt."""
+    found = [row for row in rows if row["arm"] == arm]
+    kinds = dict.fromkeys(kind for row in found for kind in row["pictures"])
+    lines: list[Line] = []
+    for kind in kinds:
+        cells = []
+        for field in ("score", "shape", "colour", "pattern", "extra", "background"):
+            each = [
+                picture[row["fields"].index(field)]
+                for row in found
+                for picture in row["pictures"].get(kind, [])
+            ]
+            cells.append(f"{np.mean(each):.2f}")
+        lines.append((kind, *cells))
+    return markdown(
+        (f"prompt, for `{arm}`", "score", "shape", "colour", "pattern", "extra", "background"),
+        lines,
+    )
+
+
+def text(rows: Sequence[Row]) -> list[str]:
+    """The report."""
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    sets = sorted({row["set"] for row in rows})
+    shown_arms = [arm for arm in ("em", "em+lora") if arm in arms]
+    return [
+        "# Are the concepts learned?",
+        "",
+        f"{len(rows)} runs. Judgements by the ruler, whose own errors are in ruler.md; what they mean is in "
+        "benchmarks/pictures_score.py. Mean over scenes, 95% interval, number of scenes.",
+        "",
+        *overview(rows, arms),
+        *("## What was aimed at", ""),
+        *(line for arm in shown_arms for line in aims(rows, arm)),
+        *("## Paired differences", "", *differences(rows, pairs_of(arms))),
+        *("## By set", ""),
+        *(line for set_ in sets for line in (f"### {set_}", "", *overview(rows, arms, set_))),
+        *("## By prompt", ""),
+        *(line for arm in ("ceiling", *shown_arms) for line in by_prompt(rows, arm)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=RESULTS / "pictures_runs.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "pictures.md")
+    args = parser.parse_args()
+    lines = text(read_rows(args.runs))
+    args.out.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
