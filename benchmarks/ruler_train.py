@@ -293,7 +293,7 @@ def report(ruler: Ruler, host: DiffusersHost, count: int) -> str:
     """The table of the reader's errors."""
     columns = ("found", "shape", "colour", "pattern", "count", "background")
     lines = []
-    for set_ in (*SHOWN_SETS, "EFJ", "own"):
+    for set_ in (*SHOWN_SETS, "EF", "own"):
         scenes = [s for one in (set_ if set_ != "own" else ["own"]) for s in unseen(one, count)]
         pictures = np.stack([scene.image for scene in scenes])
         for how, shown in (("rendered", pictures), ("autoencoder", redrawn(host, pictures, 0))):
