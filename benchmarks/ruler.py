@@ -156,6 +156,9 @@ def load(path: Path = WEIGHTS) -> Ruler:
 def read(pictures: Float[Tensor, "b 3 64 64"], ruler: Ruler | None = None) -> list[Reading]:
     """Read pictures with values 0 to 1."""
     logits, grounds = (ruler or load())(pictures.float() * 2 - 1)
+    # A thing is named by the nine cells around its centre, as it was in training.
+    named = F.avg_pool2d(logits[:, 1:], 3, 1, 1, count_include_pad=False)
+    logits = torch.cat([logits[:, :1], named], dim=1)
     return [
         Reading(things_of(of_picture), ground.softmax(dim=0))
         for of_picture, ground in zip(logits, grounds, strict=True)
