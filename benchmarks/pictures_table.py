@@ -102,11 +102,12 @@ def aims(rows: Sequence[Row], arm: str) -> list[str]:
     lines: list[Line] = []
     for what, aim, found, more in wanted:
         bar = float(aim.strip("<>=% ")) / 100
-        reached = found >= bar if more else found <= bar
-        lines.append((what, aim, f"{found:.1%}", "yes" if reached else "no"))
+        reached = "yes" if (found >= bar if more else found <= bar) else "no"
+        run = not np.isnan(found)
+        lines.append((what, aim, f"{found:.1%}" if run else "", reached if run else "not run"))
     for other, aim, bar in (("given", ">= -.03", -0.03), ("none", ">= +.15", 0.15)):
         gain = interval(less(values(rows, arm, "score"), values(rows, other + masks, "score")))
-        answer = "yes" if gain[0] >= bar else "no"
+        answer = ("yes" if gain[0] >= bar else "no") if gain[2] else "not run"
         lines.append((f"score over `{other}{masks}`", aim, shown(gain, "+"), answer))
     return markdown((f"aim, for `{arm}`", "aimed at", "found", "reached"), lines)
 
