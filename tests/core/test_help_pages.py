@@ -13,6 +13,8 @@ NODES: dict[str, Any] = json.loads((ROOT / "tests/host/schema.json").read_text(e
 LANGUAGES = ("en", "zh", "ja")
 CODE = re.compile(r"`[^`\n]*`")
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+BULLET = re.compile(r"^ *- (.+?)[:\uff1a]", re.MULTILINE)
+LABEL = re.compile(r"\*\*(.+?)\*\*")
 EAST_ASIAN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 
@@ -52,6 +54,16 @@ def test_pages(node: str) -> None:
         assert CODE.sub("", text).count("`") == 0, f"{language}: a ` that is not closed"
         assert text.count("**") % 2 == 0, language
         assert bool(EAST_ASIAN.search(text)) == (language != "en"), language
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pages_call_inputs_as_the_nodes_do(language: str) -> None:
+    for node, words in locale(language).items():
+        inputs = page(node, language).split("\n## ")[1]
+        labels = [label for head in BULLET.findall(inputs) for label in LABEL.findall(head)]
+        names = [of["name"] for of in words["inputs"].values()]
+        for label in labels:
+            assert any(name.startswith(label) for name in names), f"{node}: {label} of {names}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
