@@ -10,11 +10,13 @@ from torch import Tensor
 from ..em_core.errors import UserError
 from ..em_core.examples import Example
 from ..em_core.runs.finding import discover
+from ..em_core.show.words import say_masks
 from .host.comfy_host import ComfyHost
 from .host.families import identify
 from .masks import MASKS
 from .pictures import pictures_of, to_mask
 from .schema import ADVANCED, Examples, schema
+from .telling import on_node
 
 
 class DiscoverConcepts(io.ComfyNode):
@@ -78,4 +80,10 @@ class DiscoverConcepts(io.ComfyNode):
             host.release()
         masks = dict(zip(found.names, found.masks, strict=True))
         examples = (Example(pictures[0], prompt, masks),)
-        return io.NodeOutput(str(prompt), to_mask([found.masks]), len(found.names), examples)
+        return io.NodeOutput(
+            str(prompt),
+            to_mask([found.masks]),
+            len(found.names),
+            examples,
+            ui=on_node(say_masks([masks]), str(prompt)),
+        )

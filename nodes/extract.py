@@ -19,7 +19,7 @@ from ..em_core.presets import em_settings
 from ..em_core.prompts import ConceptPrompt
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.finding import find_masks
-from ..em_core.show.words import say_missing
+from ..em_core.show.words import say_masks, say_missing
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
 from .host.families import identify
@@ -27,7 +27,7 @@ from .learn import AUTO
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
 from .schema import ADVANCED, Concepts, schema
-from .telling import told_on_node
+from .telling import on_node, told_on_node
 
 EXAMPLE = "a photo of <cat:cat> on <sofa:sofa>"
 WARM = (1.0, 0.55, 0.1)
@@ -126,14 +126,16 @@ class ExtractLatentMasks(io.ComfyNode):
             ]
         finally:
             host.release()
-        with told_on_node():
+        with told_on_node() as told:
             for number, result in enumerate(results, start=1):
                 if result.missing:
                     numbers = dict.fromkeys(result.missing, (number,))
                     warn(say_missing(numbers, len(results)), Notice, stacklevel=2)
         pairs = zip(pictures, results, strict=True)
         heat = torch.cat([heat_maps(picture, result.maps) for picture, result in pairs])
-        return io.NodeOutput(to_mask([result.masks for result in results]), heat)
+        found = [dict(zip(result.names, result.masks, strict=True)) for result in results]
+        masks = to_mask([result.masks for result in results])
+        return io.NodeOutput(masks, heat, ui=on_node(say_masks(found), *told))
 
 
 def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: str) -> MaskSettings:

@@ -11,13 +11,15 @@ from ..em_core.errors import UserError
 from ..em_core.examples import Example
 from ..em_core.masks.crf import PRESETS
 from ..em_core.presets import em_settings, joint_settings
+from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.settings import EMSettings, JointSettings
+from ..em_core.show.words import say_losses, say_masks
 from .host.families import identify
 from .learning.flow import Request, fulfil
 from .learning.plans import CHOICES
 from .results import curves_image, loss_map, mask_stack
 from .schema import ADVANCED, CATEGORY, Concepts, Examples, LoraModel, LossMap, schema
-from .telling import told_on_node
+from .telling import on_node, told_on_node
 
 AUTO = "auto"
 
@@ -91,7 +93,7 @@ class LearnConcepts(io.ComfyNode):
             raise UserError("There are no examples to learn from. Connect a Concept Example.")
         models = identify(model, clip, vae)
         em, joint_phase = settings_of(models.family, mode, steps, seed, joint, advanced)
-        with told_on_node():
+        with told_on_node() as told:
             concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
         from .exports import lora_tensors
 
@@ -101,7 +103,18 @@ class LearnConcepts(io.ComfyNode):
             lora_tensors(concepts),
             loss_map(concepts),
             curves_image(concepts),
+            ui=on_node(*told, *summary(concepts, mode)),
         )
+
+
+def summary(concepts: ConceptSet, mode: str) -> list[str]:
+    """Return what came of a run, in lines for the node."""
+    words = " and ".join(f"<{name}>" for name in concepts.names)
+    return [
+        "" if mode == "none" else f"Masks: {say_masks(concepts.masks)}.",
+        say_losses(concepts.curves),
+        f"Write {words} in a prompt behind Apply Concept Tokens.",
+    ]
 
 
 def settings_of(

@@ -14,6 +14,7 @@ from ..em_core.masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..em_core.masks.measures import iou
 from .pictures import labels_of, masks_of, pictures_of, to_mask
 from .schema import ADVANCED, CATEGORY, schema
+from .telling import on_node
 
 CRF_PRESETS = ["off", *PRESETS]
 MASKS = f"{CATEGORY}/masks"
@@ -184,7 +185,7 @@ class CompareMasks(io.ComfyNode):
     @classmethod
     def execute(cls, mask: Tensor, reference: Tensor) -> io.NodeOutput:  # type: ignore[override]
         text, mean, overlays = compare(mask, reference)
-        return io.NodeOutput(text, mean, overlays, ui={"text": [text]})
+        return io.NodeOutput(text, mean, overlays, ui=on_node(text))
 
 
 def compare(mask: Any, reference: Any) -> tuple[str, float, Tensor]:

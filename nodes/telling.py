@@ -15,8 +15,11 @@ from ..em_core.errors import Notice
 
 
 @contextmanager
-def told_on_node() -> Iterator[None]:
-    """Show the core's notices on the node that is running, each at once and all of them together."""
+def told_on_node() -> Iterator[list[str]]:
+    """Show the core's notices on the node that is running, each at once and all of them together.
+
+    Yields the list that they are gathered in.
+    """
     told: list[str] = []
 
     def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -30,7 +33,7 @@ def told_on_node() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
         warnings.showwarning = show
-        yield
+        yield told
 
 
 def running_server() -> Any:
@@ -44,3 +47,8 @@ def show_on_node(text: str, node: str | None = None) -> None:
     node = node or (running.node_id if running else None)
     if server is not None and node is not None:
         server.send_progress_text(text, node)
+
+
+def on_node(*lines: str) -> dict[str, list[str]]:
+    """What a node's `ui` holds so that these lines stay on it (see web/js/text_on_nodes.js)."""
+    return {"text": ["\n".join(line for line in lines if line)]}

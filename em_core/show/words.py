@@ -1,6 +1,14 @@
-"""What happens in a run, in words."""
+"""What happens in a run, and what came of it, in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from ..examples import NamedMasks
+from ..masks.guards import Guards
+from ..masks.measures import areas
+from ..method.state import Curves
+
+FALLING = 0.97
+"""The loss still falls if its last quarter is below this share of the quarter before."""
 
 
 def say_missing(missing: Mapping[str, tuple[int, ...]], pictures: int) -> str:
@@ -15,3 +23,33 @@ def say_missing(missing: Mapping[str, tuple[int, ...]], pictures: int) -> str:
         where = f" in picture {', '.join(map(str, numbers))}" if pictures > 1 else ""
         lines.append(f"{name}: nothing found{where}; name it by another word, or paint a mask")
     return ". ".join(lines)
+
+
+def say_masks(pictures: Sequence[NamedMasks]) -> str:
+    """A line with the share of the picture that each concept covers, such as "rex 12%, doll nothing found".
+
+    Args:
+        pictures: each picture's masks by concept; where there are several, so are the shares.
+    """
+    shares: dict[str, list[str]] = {}
+    for masks in pictures:
+        for name, mask in masks.items():
+            area = float(areas(mask))
+            found = area >= Guards().min_area
+            shares.setdefault(name, []).append(f"{area:.0%}" if found else "nothing found")
+    return ", ".join(f"{name} {' and '.join(each)}" for name, each in shares.items())
+
+
+def say_losses(curves: Curves) -> str:
+    """Whether more steps may help, from the total loss of the run's last phase; "" if there is none."""
+    curve = curves.get("joint_loss/total") or curves.get("loss/total") or ()
+    quarter = len(curve) // 4
+    if not quarter:
+        return ""
+    values = [value for _, value in curve]
+    before, last = sum(values[-2 * quarter : -quarter]), sum(values[-quarter:])
+    return (
+        "The loss is still falling: more steps may help."
+        if last < FALLING * before
+        else "The loss has settled."
+    )

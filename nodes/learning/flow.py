@@ -11,7 +11,7 @@ import comfy.model_management as mm
 import folder_paths
 import torch
 
-from ...em_core.errors import MemoryNotice, StoreWarning, UserError, is_out_of_memory
+from ...em_core.errors import MemoryNotice, Notice, StoreWarning, UserError, is_out_of_memory
 from ...em_core.examples import Example
 from ...em_core.model.memory import FAMILIES, KINDS, describe
 from ...em_core.runs.concept_set import ConceptSet
@@ -66,9 +66,11 @@ def fulfil(request: Request) -> ConceptSet:
     store, key = run_store(), key_or_none(request)
     found = None if key is None else store.finished(key, request.examples)
     if found is not None:
-        logging.info(
-            "Concepts %s were learned before from the same inputs; nothing is trained.",
-            ", ".join(found.names),
+        names = ", ".join(found.names)
+        warnings.warn(
+            f"Found again: {names}. The same inputs were learned before, so nothing is trained.",
+            Notice,
+            stacklevel=2,
         )
         return found
     body = anatomy(request.models)

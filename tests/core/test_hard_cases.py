@@ -21,7 +21,7 @@ from em_core.prompts import ConceptPrompt
 from em_core.runs.runner import run
 from em_core.settings import EMSettings
 from em_core.show.metrics import metrics
-from em_core.show.words import say_missing
+from em_core.show.words import say_losses, say_masks, say_missing
 
 SCENE = concept_scene(160, "A").only  # a star and a circle
 
@@ -130,3 +130,21 @@ def test_things_of_one_word_keep_their_names_in_further_pictures(
     columns = torch.arange(64.0)
     left, right = ((m.sum(1) * columns).sum(1) / m.sum((1, 2)) for m in (first, second))
     assert left[0] < left[1] and right[0] > right[1]
+
+
+def test_what_was_found_in_words() -> None:
+    """Shares of the picture; what is under the guards' smallest area was not found."""
+    rex, speck = torch.zeros(10, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
+    rex[:4, :6], speck[0, 0] = True, True
+    assert say_masks([{"rex": rex, "doll": speck}]) == "rex 12%, doll nothing found"
+    assert say_masks([{"rex": rex}, {"rex": ~rex}]) == "rex 12% and 88%"
+    assert say_masks([]) == ""
+
+
+def test_what_the_losses_say() -> None:
+    falling = {"loss/total": tuple((step, 1 / step) for step in range(1, 41))}
+    level = {"loss/total": tuple((step, 1.0 + step % 2) for step in range(1, 41))}
+    assert say_losses(falling) == "The loss is still falling: more steps may help."
+    assert say_losses(level) == "The loss has settled."
+    assert say_losses(falling | {"joint_loss/total": level["loss/total"]}) == say_losses(level)
+    assert say_losses({}) == say_losses({"loss/total": ((1, 0.5),)}) == ""
