@@ -134,11 +134,11 @@ def main_inputs() -> list[Any]:
             "with # are left out.",
         ),
         io.Int.Input(
-            "count", default=4, min=1, max=64,
+            "count", display_name="pictures per prompt", default=4, min=1, max=64,
             tooltip="Pictures per prompt. Diversity needs at least two.",
         ),
         io.Int.Input(
-            "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
+            "seed", display_name="first seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
             tooltip="Seed of each prompt's first picture; each further one adds 1.",
         ),
         Examples.Input(
@@ -155,26 +155,26 @@ def encoder_inputs() -> list[Any]:
     names = [NONE, *encoder_folders()]
     return [
         io.ClipVision.Input(
-            "clip_vision", optional=True,
+            "clip_vision", display_name="CLIP vision model", optional=True,
             tooltip="CLIP's vision model, from Load CLIP Vision: identity.",
         ),
         io.ClipVision.Input(
-            "dino", optional=True,
+            "dino", display_name="DINOv2", optional=True,
             tooltip="DINOv2, from Load CLIP Vision: identity, mixing, and diversity without LPIPS. It tells "
             "individuals apart better than CLIP.",
         ),
         io.Combo.Input(
-            "text_clip", options=names, default=NONE, optional=True,
+            "text_clip", display_name="CLIP for prompts (folder)", options=names, default=NONE, optional=True,
             tooltip=f"A folder {folder} with a whole CLIP model as transformers saves it: agreement with the "
             "prompts, and identity if no CLIP_VISION is connected.",
         ),
         io.Combo.Input(
-            "lpips", options=names, default=NONE, optional=True,
+            "lpips", display_name="LPIPS backbone (folder)", options=names, default=NONE, optional=True,
             tooltip=f"A folder {folder} with the .safetensors file of VGG16 or AlexNet, named as in torchvision: "
             "diversity by LPIPS. Needs torchmetrics (pip install torchmetrics).",
         ),
         io.String.Input(
-            "save_as", default="", optional=True,
+            "save_as", display_name="save report as", default="", optional=True,
             tooltip=f"Writes the report (HTML and CSV) and the pictures to a new folder of this name in "
             f"output/{REPORTS}. Letters, digits, '_' and '-'. Empty saves nothing.",
         ),
@@ -185,7 +185,7 @@ def advanced_inputs() -> list[Any]:
     """Return how pictures are drawn and searched."""
     return [
         io.Int.Input(
-            "steps", default=20, min=1, max=1000, optional=True,
+            "steps", display_name="sampling steps", default=20, min=1, max=1000, optional=True,
             tooltip="Sampling steps (Euler, normal schedule).", **ADVANCED,
         ),
         io.Float.Input(
@@ -193,7 +193,7 @@ def advanced_inputs() -> list[Any]:
             tooltip="Scale of classifier-free guidance.", **ADVANCED,
         ),
         io.Int.Input(
-            "passes", default=20, min=1, max=200, optional=True,
+            "passes", display_name="passes (noise samples)", default=20, min=1, max=200, optional=True,
             tooltip="How many noisy versions of a picture are averaged to find the concepts in it.", **ADVANCED,
         ),
     ]  # fmt: skip
