@@ -30,7 +30,7 @@ from .host.vision import VisionEncoder
 from .pictures import to_images
 from .schema import ADVANCED, CATEGORY, Concepts, Examples, schema
 from .studio import REPORTS, Studio, save
-from .telling import told_on_node
+from .telling import on_node, told_on_node
 
 ENCODERS = "visual_concepts_encoders"
 NONE = "none"
@@ -102,7 +102,7 @@ class EvaluateConcepts(io.ComfyNode):
         host = ComfyHost(identify(model, clip, vae))
         require_same_family(concepts, clip)
         require_not_applied(clip, concepts)
-        with told_on_node():
+        with told_on_node() as told:
             references = reference_crops(concepts, examples or (), host)
         task = Task(concepts, lines, seeds, instruments, references)
         studio = Studio(host, task, steps, cfg, passes)
@@ -116,7 +116,7 @@ class EvaluateConcepts(io.ComfyNode):
             text += f"\n\nThe report: {save(save_as, evaluation, studio, facts)}"
         sheet = contact_sheet(evaluation, studio.image)
         pictures = [studio.image(scores.prompt, scores.seed) for scores in evaluation.pictures]
-        return io.NodeOutput(text, to_images([sheet]), to_images(pictures), ui={"text": [text]})
+        return io.NodeOutput(text, to_images([sheet]), to_images(pictures), ui=on_node(text, *told))
 
 
 def main_inputs() -> list[Any]:
