@@ -46,7 +46,7 @@ def with_free_statistics(
 
 def e_step(problem: Problem, state: RunState) -> RunState:
     """The state with every picture's masks estimated again."""
-    generator, known = generator_at(state.generator), found_anywhere(problem, state)
+    generator, known = generator_at(state.generator), looked_for(problem, state)
     pictures = tuple(
         e_step_picture(problem, state, prepared, picture, generator, known)
         for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
@@ -54,13 +54,15 @@ def e_step(problem: Problem, state: RunState) -> RunState:
     return replace(state, pictures=pictures, generator=generator.get_state())
 
 
-def found_anywhere(problem: Problem, state: RunState) -> set[str]:
-    """The concepts that were found in some picture, so that they are being learned."""
+def looked_for(problem: Problem, state: RunState) -> set[str]:
+    """The concepts that have a mask in some picture, be it one that is not believed."""
     return {
         name
         for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
-        for name, found in zip(prepared.names, picture.found.tolist(), strict=True)
-        if found
+        for name, some in zip(
+            prepared.names, picture.labels.flatten(1).any(dim=1).tolist(), strict=True
+        )
+        if some
     }
 
 
@@ -74,8 +76,8 @@ def e_step_picture(
 ) -> PictureState:
     """New maps and masks of one picture.
 
-    Concepts that are not `known` have not learned anything since the start, where nothing of theirs was
-    found, and do not compete with those that have.
+    Concepts that are not `known` had nothing at the start and have not learned anything since; they do
+    not compete with the others.
 
     A new mask takes the present one's place if the guards believe it and it agrees better than that
     with maps that neither was made from; see `MaskSettings.acceptance`.

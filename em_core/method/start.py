@@ -159,17 +159,29 @@ def masks_of_vectors(
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
-    found = estimate.believed(settings.guards)
-    missing = int((~found).sum())
-    if generic_word and settings.presence_passes and 0 < missing < len(found):
+    missing = (~estimate.believed(settings.guards)).nonzero().flatten().tolist()
+    if generic_word and settings.presence_passes and 0 < len(missing) < len(maps):
         present = presence(
             host, prepared, vectors, generic_word, settings.presence_passes, generator
         )
-        there = without_least(present, missing)
+        there = without_least(present, len(missing))
         among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
-        if among.believed(settings.guards)[there].all():
+        if among.believed(settings.guards)[there].all() and not only_alike(missing, there, alike):
             estimate = among
     return FirstMasks(maps, estimate, labels)
+
+
+def only_alike(
+    missing: Sequence[int], there: Sequence[int], alike: Sequence[Sequence[int]]
+) -> bool:
+    """Whether each of the missing is there and only changes places with another of its words.
+
+    Which of two concepts of one word is absent is not for the model to say.
+    """
+    return all(
+        index in there and any(index in group and not {*group} <= {*there} for group in alike)
+        for index in missing
+    )
 
 
 def like_the_first(problem: Problem, pictures: Sequence[PictureState]) -> list[PictureState]:

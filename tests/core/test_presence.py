@@ -17,6 +17,7 @@ from em_core.masks.measures import iou
 from em_core.masks.settings import MaskSettings
 from em_core.method.presence import presence, without_least
 from em_core.method.problem import prepare_picture
+from em_core.method.start import only_alike
 from em_core.model.protocol import Conditioning
 from em_core.prompts import ConceptPrompt, ConceptVectors
 from em_core.runs.finding import find_masks
@@ -94,3 +95,11 @@ def test_a_right_mask_whose_map_bleeds_is_believed() -> None:
     assert not guards.accept(thing, bled).any()
     assert guards.accept(thing, bled, anchors=thing).all()
     assert not guards.accept(thing, bled, anchors=~thing).any()
+
+
+def test_concepts_of_one_word_do_not_take_each_others_place() -> None:
+    """Two dogs and a cat: that the first dog is missing says nothing against the second."""
+    assert only_alike([0], [0, 2], [(0, 1)])
+    assert not only_alike([0], [0, 1], [(0, 1)])
+    assert not only_alike([2], [0, 2], [(0, 1)])
+    assert not only_alike([0], [1, 2], [(0, 1)])
