@@ -78,6 +78,20 @@ class Server:
     def log_text(self) -> str:
         return (self.base / "server.log").read_text(errors="replace")
 
+    def status(self, name: str) -> int:
+        """A number of the process, as /proc has it."""
+        assert self.process is not None
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    def resident(self) -> float:
+        """Mebibytes of the server's memory."""
+        return self.status("VmRSS") / 1024
+
+    def open_files(self) -> int:
+        assert self.process is not None
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
     def text(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return str(answer.read().decode())

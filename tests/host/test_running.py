@@ -247,22 +247,13 @@ def test_twenty_runs(server: Server) -> None:
         p = learning(steps=2, seed=100 + i, joint="lora", joint_steps=1, e_step_every=2)
         node = p.b.add("TestModelHash", model=p.model, clip=p.model[1], after=p.learn)
         hashes.add(texts(server.run(p.b.graph), node.id))
-        sizes.append(resident(server))
+        sizes.append(server.resident())
     b = Builder()
     fresh = b.add("LoadDemoModel")
     alone = b.add("TestModelHash", model=fresh, clip=fresh[1])
     hashes.add(texts(server.run(b.graph), alone.id))
     assert len(hashes) == 1
     assert max(sizes[-5:]) - max(sizes[5:10]) < 24, sizes
-
-
-def resident(server: Server) -> float:
-    """Megabytes of the server's memory."""
-    assert server.process is not None
-    with open(f"/proc/{server.process.pid}/status") as status:
-        found = re.search(r"VmRSS:\s+(\d+)", status.read())
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 def test_text_to_mask(server: Server) -> None:

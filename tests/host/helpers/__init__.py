@@ -1,5 +1,6 @@
 """Nodes of "another pack", for tests alone: they look at values, patch a model, and stand in the way."""
 
+import gc
 import hashlib
 import json
 import os
@@ -86,6 +87,32 @@ class TestModelHash:
         return {"ui": {"text": [digest.hexdigest()]}}
 
 
+class TestHeld:
+    """Bytes of all tensors that anything in the process still refers to."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "tests", "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}, "optional": {"after": (Anything("*"),)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **kwargs):
+        return float("nan")
+
+    def run(self, after=None):
+        gc.collect()
+        held = {}
+        for x in gc.get_objects():
+            if issubclass(type(x), torch.Tensor) and x.layout == torch.strided:
+                held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return {"ui": {"text": [str(sum(held.values()))]}}
+
+
 class TestAttentionPatch:
     """What IPAdapter and its kin do: replaces every cross-attention, chaining what was there before."""
 
@@ -168,6 +195,39 @@ class TestOutOfMemory:
 
         patched.set_model_attn2_patch(patch)
         return (patched,)
+
+
+class TestFault:
+    """A patch in which memory runs out after so many passes through a layer, so many times."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        whole = ("INT", {"default": 1, "max": 10**6})
+        return {"required": {"model": ("MODEL",), "after": whole, "times": whole, "form": whole}}
+
+    def run(self, model, after, times, form):
+        patched, calls = model.clone(), [0]
+
+        def patch(n, context, value, options):
+            calls[0] += 1
+            if after < calls[0] <= after + times:
+                raise self.errors()[form]
+            return n, context, value
+
+        patched.set_model_attn2_patch(patch)
+        return (patched,)
+
+    def errors(self):
+        return (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            RuntimeError("MPS backend out of memory"),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+        )
 
 
 class TestUnreadable:
@@ -288,10 +348,12 @@ NODE_CLASS_MAPPINGS = {
     for c in (
         TestDump,
         TestModelHash,
+        TestHeld,
         TestAttentionPatch,
         TestStockClip,
         TestBrokenPatch,
         TestOutOfMemory,
+        TestFault,
         TestUnreadable,
         TestSlow,
         TestControlNet,
