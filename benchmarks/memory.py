@@ -11,6 +11,7 @@ to each other.
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         count()
     found = [json.loads(line) for line in COUNTS.read_text(encoding="utf-8").splitlines()]
     worst = max(abs(one["estimate"] / one["peak"] - 1) for one in found)
-    tail = f"\nOf {len(found)} cases, the estimate is off by {worst:.1%} at most.\n"
+    tail = f"\nOf {len(found)} cases, the estimate is off by {worst:.1%} at most.\n\n{encoding(found)}\n"
     text = HEAD.format(desktop=DESKTOP) + "".join(map(row, found)) + tail
     DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def encoding(found: Sequence[dict[str, Any]]) -> str:
+    """What the pictures' encoding takes, which comes before all of the table."""
+    of_side = {one["side"]: (one["encoded"], one["parts"]["encoding"]) for one in found}
+    sizes = ", ".join(
+        f"{counted / GIB:.1f} GiB at {side} px ({estimated / GIB:.1f} estimated)"
+        for side, (counted, estimated) in sorted(of_side.items())
+    )
+    ever = [one for one in found if one["encoded"] >= one["peak"]]
+    most = f"In {len(ever)} cases that is" if ever else "In none of the cases is that"
+    text = (
+        "Before that, when nothing else is on the card, each picture is encoded. In float32, which takes "
+        f"the most, and with the VAE's weights that is {sizes}. {most} the most that the run takes; the "
+        "estimate is the larger of both."
+    )
+    return textwrap.fill(text, 104)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from ..model.adapters import (
     trainable_lora,
     trainable_weights,
 )
+from ..model.frozen import freeze_layers
 from ..model.identity import ModelIdentity
 from ..model.layers import AttentionLayer
 from ..model.protocol import Conditioning, TextStream
@@ -83,6 +84,7 @@ class DiffusersHost:
         self.unet, self.vae, self.encoders = pipeline.unet, pipeline.vae, text_encoders(pipeline)
         for module in (self.unet, self.vae, *(encoder.model for encoder in self.encoders)):
             module.to(self.device, dtype).eval().requires_grad_(False)
+        freeze_layers(self.unet, *(encoder.model for encoder in self.encoders))
         if recompute:
             self.unet.enable_gradient_checkpointing()
         self.loss_scale = LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -91,7 +93,7 @@ class DiffusersHost:
         pipeline.set_progress_bar_config(disable=True)
         self.schedule: NoiseSchedule = VariancePreserving(
             pipeline.scheduler.alphas_cumprod.float(), config.prediction_type
-        )
+        ).to(self.device)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_side = self.unet.config.sample_size * self.factor
         self.image_multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)

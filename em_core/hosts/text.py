@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model.vectors import random_vectors, spread_pieces
+from ..model.vectors import TableStatistics, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors
 
 SD2_WIDTH = 1024
@@ -133,7 +134,9 @@ class TextEncoder:
             whole = rearrange(output, "(b c) t d -> b (c t) d", b=len(columns)).clone()
             for row, positions_by_name in enumerate(columns):
                 for name, positions in positions_by_name.items():
-                    whole[row, list(positions)] = vectors[name][self.name].to(whole)
+                    of_name = vectors[name][self.name].to(whole)
+                    for position, vector in zip(positions, of_name, strict=True):
+                        whole[row, position] = vector
             return rearrange(whole, "b (c t) d -> (b c) t d", t=output.shape[1])
 
         handle = self.model.get_input_embeddings().register_forward_hook(replace)
@@ -146,10 +149,15 @@ class TextEncoder:
         self, words: str, count: int, generator: torch.Generator
     ) -> Float[Tensor, "n d"]:
         """Return the vectors of the words' pieces or, without words, random ones like the table's."""
-        table, ids = self.table.detach().float(), self.pieces(words)
+        ids = self.pieces(words)
         if not ids:
-            return random_vectors(table, count, generator)
-        return spread_pieces(table[ids], count)
+            return self.statistics.draw(count, generator)
+        return spread_pieces(self.table.detach()[ids].float(), count)
+
+    @cached_property
+    def statistics(self) -> TableStatistics:
+        """Those of the token table, for random vectors."""
+        return TableStatistics.of(self.table.detach().float())
 
 
 def text_encoders(pipeline: Any) -> tuple[TextEncoder, ...]:

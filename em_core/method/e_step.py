@@ -13,6 +13,7 @@ from ..masks.regions import Regions
 from ..masks.resizing import resize
 from ..masks.thresholds import min_max
 from ..model.layers import finest_size, mask_layers
+from ..model.protocol import to_host
 from ..model.recording import AttentionMaps, mean_maps
 from .m_step import Draw
 from .maps import read_attention
@@ -83,6 +84,7 @@ def e_step_picture(
     with maps that neither was made from; see `MaskSettings.acceptance`.
     """
     settings = problem.settings
+    found = to_host(picture.found, problem.host)
     maps, fresh = latest_maps(problem, state, prepared, picture, generator)
     regions = None if picture.regions is None else Regions(picture.regions)
     there = [i for i, name in enumerate(prepared.names) if name in known]
@@ -90,7 +92,7 @@ def e_step_picture(
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     if settings.masks.acceptance:
         judge = resize(evidence_for(picture, fresh), prepared.size, "map")
-        present = agreement(judge, picture.labels) * picture.found
+        present = agreement(judge, picture.labels) * found
         accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
     masks, labels = estimate.weights(settings.masks.soft), estimate.masks
     old_masks, old_labels = picture.masks, picture.labels
@@ -104,7 +106,7 @@ def e_step_picture(
         pending_count=torch.zeros_like(picture.pending_count),
         masks=torch.where(pixels, masks, old_masks),
         labels=labels,
-        found=(picture.found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
+        found=(found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
         regions=picture.regions,
         first=picture.first,
     )

@@ -170,7 +170,8 @@ def prior_latents(problem: Problem) -> Tensor | None:
 def prior_term(problem: Problem, priors: Tensor, generator: torch.Generator) -> Terms:
     """Prior preservation (DreamBooth; Break-a-Scene): Eq. 1 on the model's own pictures; adds its gradient."""
     host, batch = problem.host, problem.settings.batch
-    Z0 = priors[torch.randint(len(priors), (batch,), generator=generator).tolist()]
+    drawn = torch.randint(len(priors), (batch,), generator=generator)
+    Z0 = torch.stack([priors[i] for i in drawn.tolist()])
     t = to_host(host.schedule.draw_times(batch, generator), host)
     eps = like_noise(Z0, batch, generator)
     conditioning = host.encode_prompts([ConceptPrompt((problem.joint.prior_prompt,))] * batch, {})

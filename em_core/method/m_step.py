@@ -140,10 +140,11 @@ def mixed_samples(
 
 
 def names_found(problem: Problem, state: RunState) -> list[list[str]]:
-    """Of each picture, the concepts that were found in it; read from the device at once, before a
-    step gives it anything to do."""
-    flags = iter(torch.cat([picture.found for picture in state.pictures]).tolist())
-    return [[name for name in p.names if next(flags)] for p in problem.pictures]
+    """Of each picture, the concepts that were found in it."""
+    return [
+        [name for name, found in zip(prepared.names, picture.found.tolist(), strict=True) if found]
+        for prepared, picture in zip(problem.pictures, state.pictures, strict=True)
+    ]
 
 
 def draw_subset(

@@ -78,8 +78,9 @@ def whole_picture(prepared: Prepared) -> PictureState:
     device, count = prepared.Z0.device, len(prepared.names)
     maps = torch.zeros(count, *finest_size(prepared.layers), device=device)
     masks = torch.ones(count, *prepared.size, device=device)
+    every = torch.ones(count, dtype=torch.bool)
     none = torch.zeros(count, device=device)
-    return PictureState(maps, torch.zeros_like(maps), none, masks, masks > 0.5, none == 0)
+    return PictureState(maps, torch.zeros_like(maps), none, masks, masks > 0.5, every)
 
 
 def first_masks(

@@ -24,7 +24,7 @@ class PictureState:
         pending: [k, h, w] sum of the maps seen since then, `pending_count` [k] of them.
         masks: [k, H, W] masks that the M-step trains under, 0..1.
         labels: [k, H, W] the same as labels.
-        found: [k] whether a concept has a mask worth learning under.
+        found: [k] whether a concept has a mask worth learning under; on the CPU, since each step asks.
         regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
         first: [k, h, w] the maps of the first masks, which no learning has touched; None without them.
     """
@@ -37,6 +37,9 @@ class PictureState:
     found: Bool[Tensor, " k"]
     regions: Int[Tensor, "_h _w"] | None = None
     first: Float[Tensor, "k h w"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "found", self.found.cpu())
 
 
 @dataclass(frozen=True)

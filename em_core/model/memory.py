@@ -6,19 +6,14 @@ them with a count of every tensor of the real steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..settings import WeightKind
+from .anatomy import Anatomy, Job, Need, Resampling, Residual, Spending, Stage, Transformer
 from .layers import REGION_SIDE
 
 GIB = 2**30
 FLOAT = 4
 TOKENS = 77
 PASSES = 10
-# What lies outside the tensors: the CUDA context, workspaces of kernels, parts of the allocator's
-# blocks that fit nothing; the last grows with what is allocated.
-RESERVE_BYTES = 0.5 * GIB
-RESERVE_SHARE = 0.04
 # What families and kinds of learning are called where their memory is spoken of.
 FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 KINDS = {
@@ -27,157 +22,6 @@ KINDS = {
     "cross_attention": "cross-attention",
     "full": "all weights",
 }
-
-
-@dataclass(frozen=True)
-class Residual:
-    """A residual block from `inputs` to `outputs` channels on a latent halved `level` times.
-
-    `skipped`: its group's output is kept for the way up.
-    """
-
-    inputs: int
-    outputs: int
-    level: int
-    skipped: bool = False
-
-
-@dataclass(frozen=True)
-class Transformer:
-    """`depth` transformer blocks, of attention over the pixels, over the text, and a gated layer."""
-
-    channels: int
-    depth: int
-    heads: int
-    text_width: int
-    level: int
-    skipped: bool = False
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """A convolution that halves or doubles the latent; `level` is that of its larger side."""
-
-    channels: int
-    level: int
-    skipped: bool = False
-
-
-Stage = Residual | Transformer | Resampling
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """A CLIP text encoder; `quick`: its activation is x sigmoid(1.702 x), which keeps more."""
-
-    width: int
-    layers: int
-    bytes: int
-    weights: int
-    quick: bool = False
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What the bytes of a run depend on, as a host reads it off its model.
-
-    Attributes:
-        stages: of the UNet, in the order in which they run.
-        matrices, small: numbers of the UNet's weights with two axes and more, and of the others.
-        text: the text encoders.
-        lora_width: sum of the inputs and outputs of all layers that a LoRA acts on.
-        crossing: number of weights of cross-attention's keys and values.
-    """
-
-    stages: tuple[Stage, ...]
-    matrices: int
-    small: int
-    text: tuple[TextEncoder, ...]
-    lora_width: int
-    crossing: int
-
-
-@dataclass(frozen=True)
-class Spending:
-    """How a run spends memory.
-
-    Attributes:
-        compute: bytes of a number in the UNet's activations.
-        storage: bytes of a number in its matrices while they rest.
-        recompute: whether blocks are computed again in the backward pass.
-    """
-
-    compute: int = 2
-    storage: int = 2
-    recompute: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a step works on.
-
-    Attributes:
-        height, width: of the latent.
-        kind: what is learned besides the tokens' vectors.
-        batch: noise samples of a step.
-        texts: distinct prompts among them.
-        chunks: of 77 pieces in the longest prompt.
-        concepts: in the prompt.
-        rank: of the LoRA.
-        masks: whether the loss looks at attention maps.
-    """
-
-    height: int
-    width: int
-    kind: WeightKind = "none"
-    batch: int = 1
-    texts: int = 1
-    chunks: int = 1
-    concepts: int = 2
-    rank: int = 4
-    masks: bool = True
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of a run, by what they are for.
-
-    Attributes:
-        weights: of UNet and text encoders.
-        trained: parameters, gradients and the optimizer's moments of what is learned besides tokens.
-        saved: what a step keeps for its backward pass, text encoders included.
-        working: the largest of what comes and goes while that is kept.
-        one_pass: of each pass without gradients of those that go through the UNet together.
-        regions: of recording how pixels attend to one another, at the start of a run.
-        passes: how many passes go through the UNet together.
-        gradients: of `trained`, what only comes while `saved` goes.
-    """
-
-    weights: float
-    trained: float
-    saved: float
-    working: float
-    one_pass: float
-    regions: float
-    passes: int
-    gradients: float = 0.0
-
-    @property
-    def step(self) -> float:
-        """Bytes of a step beyond what is there between the steps."""
-        return self.saved + self.working
-
-    @property
-    def peak(self) -> float:
-        """The most that tensors take at a time."""
-        reading = self.passes * self.one_pass + self.regions
-        learning = self.trained - self.gradients + self.step
-        return self.weights + max(learning, self.trained, reading)
-
-    @property
-    def device(self) -> float:
-        """What has to be free on the device: the peak, and what no tensor shows."""
-        return self.peak * (1 + RESERVE_SHARE) + RESERVE_BYTES
 
 
 def needs(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
@@ -199,7 +43,16 @@ def needs(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
         regions=regions,
         passes=max(1, min(PASSES, fit)) if spending.recompute else PASSES,
         gradients=trained_bytes(anatomy, job) / (5 if job.kind == "lora" else 4),
+        encoding=encoding_bytes(anatomy, job),
     )
+
+
+def encoding_bytes(anatomy: Anatomy, job: Job) -> float:
+    """What the VAE takes to encode a picture: in a residual block of the first level, its input, a
+    convolution's input and its output."""
+    vae = anatomy.autoencoder
+    pictures = job.height * job.width * vae.factor**2
+    return vae.bytes + pictures * 3 * vae.channels * vae.compute
 
 
 def weight_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:

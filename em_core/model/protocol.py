@@ -57,7 +57,9 @@ class Conditioning:
             )
             for name, stream in self.streams.items()
         }
-        return Conditioning({name: x[i] for name, x in self.inputs.items()}, streams)
+        # Not by the list, which would have to be moved to the device first.
+        inputs = {name: torch.stack([x[j] for j in i]) for name, x in self.inputs.items()}
+        return Conditioning(inputs, streams)
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Noise schedules: which times are drawn, how noise is added, what the model is to predict."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -67,6 +67,10 @@ class VariancePreserving:
 
     alphas_cumprod: Float[Tensor, " T"]
     prediction: Prediction = "epsilon"
+
+    def to(self, device: torch.device) -> "VariancePreserving":
+        """The schedule with its table on a device, so that no step has to move it there."""
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def draw_times(
         self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0

@@ -29,13 +29,6 @@ class TableStatistics:
         return self.mean + noise * self.std
 
 
-def random_vectors(
-    table: Float[Tensor, "v d"], count: int, generator: torch.Generator
-) -> Float[Tensor, "n d"]:
-    """Gaussian vectors with the token table's mean and deviation; see :class:`TableStatistics`."""
-    return TableStatistics.of(table).draw(count, generator)
-
-
 def spread_pieces(pieces: Float[Tensor, "p d"], count: int) -> Float[Tensor, "n d"]:
     """`count` vectors from p pieces: means of neighbouring pieces where p > count, repeats where p < count.
 

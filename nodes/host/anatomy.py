@@ -8,8 +8,9 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch import nn
 
-from ...em_core.model.memory import (
+from ...em_core.model.anatomy import (
     Anatomy,
+    Autoencoder,
     Resampling,
     Residual,
     Stage,
@@ -32,6 +33,20 @@ def anatomy(models: GraphModels) -> Anatomy:
         text=tuple(text_encoder(part) for part in text_encoders(clip).values()),
         lora_width=sum(layer.in_features + layer.out_features for layer in layers),
         crossing=sum(weight.numel() for weight in crossing_weights(unet).values()),
+        autoencoder=autoencoder(models),
+    )
+
+
+def autoencoder(models: GraphModels) -> Autoencoder:
+    """Return the VAE's description."""
+    model = models.vae.first_stage_model
+    weights = list(model.parameters())
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return Autoencoder(
+        bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        channels=first.out_channels,
+        compute=weights[0].element_size(),
+        factor=models.factor,
     )
 
 

@@ -82,7 +82,7 @@ class ComfyHost:
         self.clip, self.vae = models.clip, models.vae
         self.unet = self.model.model.diffusion_model
         self.device = torch.device(self.model.load_device)
-        schedule = noise_schedule(self.model)
+        schedule = noise_schedule(self.model).to(self.device)
         self.schedule: NoiseSchedule = schedule
         self.prediction = schedule.prediction
         self.image_side = models.image_side

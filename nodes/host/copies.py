@@ -9,8 +9,8 @@ import comfy.model_management as mm
 import torch
 from torch import nn
 
+from ...em_core.model.frozen import frozen_layers
 from .families import require_plain_weights
-from .frozen import frozen_layers
 from .patches import refusal, uncompiled
 
 

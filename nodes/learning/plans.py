@@ -9,7 +9,8 @@ import torch
 
 from ...em_core.errors import UserError
 from ...em_core.examples import Example, fitted_size
-from ...em_core.model.memory import Anatomy, Job, Need, Spending, needs
+from ...em_core.model.anatomy import Anatomy, Job, Need, Spending
+from ...em_core.model.memory import needs
 from ...em_core.settings import EMSettings, JointSettings
 from ..host.families import GraphModels
 
@@ -181,7 +182,7 @@ def job_of(
 def first_that_fits(tries: list[Attempt], free: float) -> int:
     """Return the index of the first attempt that free memory suffices for, else of the smallest."""
     fitting = [i for i, one in enumerate(tries) if one.need.device <= free]
-    smallest = min(range(len(tries)), key=lambda i: tries[i].need.device)
+    smallest = min(range(len(tries)), key=lambda i: tries[i].need.running)
     return fitting[0] if fitting else smallest
 
 

@@ -20,13 +20,14 @@ from ...em_core.show.drawing import overlay
 from ...em_core.show.words import say_missing
 
 SECONDS = 0.5
+SHARE = 0.02  # of a run's time, at most, is spent on drawing
 SIDE = 320
 
 
 @dataclass
 class NodeProgress:
-    """A listener that advances the node's bar each step, shows the masks at most twice a second, and
-    tells which concepts were not found.
+    """A listener that advances the node's bar each step, shows the masks at most twice a second and for
+    at most a fiftieth of the time, and tells which concepts were not found.
 
     Attributes:
         picture: the first example's picture.
@@ -37,6 +38,7 @@ class NodeProgress:
     em: EMSettings
     joint: JointSettings
     shown: float = 0.0
+    took: float = 0.0
     small: Picture | None = None
     said: str = ""
     bar: Any = field(init=False)
@@ -59,10 +61,9 @@ class NodeProgress:
 
     def preview(self, state: RunState) -> tuple | None:
         """Return the first picture under its masks, or None if one was shown just now."""
-        now = time.monotonic()
-        if now - self.shown < SECONDS:
+        began = time.monotonic()
+        if began - self.shown < max(SECONDS, self.took / SHARE):
             return None
-        self.shown = now
         labels = state.pictures[0].labels
         longer = max(labels.shape[-2:])
         size = drawn_size(labels.shape[-2], labels.shape[-1])
@@ -70,7 +71,10 @@ class NodeProgress:
             self.small = resize(self.picture, size, "picture")
         # Shrunk before it leaves the device: a large picture's labels would be most of what is moved.
         shown = F.interpolate(labels[None].float(), size, mode="nearest")[0] > 0.5
-        return ("JPEG", overlay(self.small, shown.cpu(), max(1, SIDE // longer)), 512)
+        drawn = overlay(self.small, shown.cpu(), max(1, SIDE // longer))
+        self.shown = time.monotonic()
+        self.took = self.shown - began
+        return ("JPEG", drawn, 512)
 
 
 def drawn_size(height: int, width: int) -> Size:

@@ -5,7 +5,7 @@ import torch
 
 from em_core.errors import UserError
 from em_core.examples import Example
-from em_core.model.vectors import random_vectors, spread_pieces
+from em_core.model.vectors import TableStatistics, spread_pieces
 from em_core.prompts import Concept, ConceptPrompt, embedding_name, merge_concepts
 
 
@@ -98,6 +98,6 @@ def test_random_start_matches_the_table_and_skips_unused_rows() -> None:
         [0.0, 5.0, -1.0]
     )
     table = torch.cat([used, torch.zeros(2000, 3)])
-    drawn = random_vectors(table, 20_000, g)
+    drawn = TableStatistics.of(table).draw(20_000, g)
     torch.testing.assert_close(drawn.mean(dim=0), used.mean(dim=0), atol=0.05, rtol=0)
     torch.testing.assert_close(drawn.std(dim=0), used.std(dim=0), atol=0.05, rtol=0)

@@ -42,13 +42,16 @@ def counted(comfyui: Path, cases: tuple[str, ...], timeout: int) -> list[dict[st
 
 def check(found: list[dict[str, Any]]) -> None:
     """The estimate is within a tenth of the count, and the count within the aims; passes that go
-    through together take no more than was foreseen."""
+    through together take no more than was foreseen. Encoding a picture, which comes before all that,
+    is not what takes the most, even in float32."""
     for case in found:
         name = f"{case['family']} {case['side']} {case['kind']} {case['plan']}: {case}"
         assert case["estimate"] == pytest.approx(case["peak"], rel=WITHIN), name
         assert case["weights"] + case["passes"] < case["need"], name
+        assert case["parts"]["encoding"] == pytest.approx(case["encoded"], rel=WITHIN), name
+        assert case["encoded"] < case["peak"], name
         if case["kind"] in ("none", "lora"):
-            assert case["reads"] <= 2, name  # which masks there are, and the losses
+            assert case["reads"] == 1, name  # the losses
         aims = AIMS.get((case["family"], case["side"], case["kind"]))
         if aims and case["plan"] in NAMES and case["batch"] == 1:
             assert case["peak"] / GIB <= aims[NAMES.index(case["plan"])], name

@@ -84,7 +84,7 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     return {
         "family": family, "side": side, "kind": kind, "plan": plan.name, "batch": batch,
         "weights": weights, "peak": bytes_.peak, "reads": bytes_.reads // max(1, done),
-        "passes": passes, "at_once": attempt.need.passes,
+        "passes": passes, "at_once": attempt.need.passes, "encoded": encoding_peak(models, side),
         "estimate": attempt.need.peak, "need": attempt.need.device, "parts": asdict(attempt.need),
     }  # fmt: skip
 
@@ -100,7 +100,7 @@ def problem_of(host: Any, example: Any, em: Any, joint: Any, side: int) -> tuple
     finest = part("em_core.model.layers").finest_size(layers)
     picture = states.PictureState(
         blank(n, *finest), blank(n, *finest), blank(n), blank(n, side, side),
-        blank(n, side, side) > 0.5, blank(n) > 0.5,
+        blank(n, side, side) > 0.5, torch.ones(n, dtype=torch.bool),
     )  # fmt: skip
     vectors = {
         name: {encoder: blank(1, width) for encoder, width in host.models.encoders.items()}
@@ -124,6 +124,15 @@ def passes_peak(host: Any, problem: Any, state: Any, together: int) -> int:
             host, prepared, state.vectors, problem.settings.masks, together, generator, regions=True
         )
     return bytes_.peak - weights
+
+
+def encoding_peak(models: Any, side: int) -> int:
+    """Peak of encoding a picture, with the VAE's weights."""
+    vae = models.vae.first_stage_model
+    with Bytes() as bytes_, torch.no_grad():
+        bytes_.add_module(vae)
+        vae.encode(blank(1, 3, side, side))
+    return bytes_.peak
 
 
 logging.disable(logging.WARNING)

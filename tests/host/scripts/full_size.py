@@ -8,12 +8,14 @@ start_comfyui()
 
 import comfy.clip_model  # noqa: E402
 import comfy.ldm.modules.attention as attention  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.model as autoencoding  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models as known  # noqa: E402
 import torch  # noqa: E402
 from comfy import sd1_clip, sdxl_clip, supported_models_base  # noqa: E402
+from comfy.ldm.models.autoencoder import AutoencoderKL  # noqa: E402
 from comfy.model_detection import convert_config  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.text_encoders import sd2_clip  # noqa: E402
@@ -34,6 +36,10 @@ UNETS = {
     "sdxl": {"channel_mult": [1, 2, 4], "attention_resolutions": [2, 4], "transformer_depth": [0, 2, 10],
              "context_dim": 2048, "num_heads": -1, "num_head_channels": 64, "adm_in_channels": 2816,
              "num_classes": "sequential", "use_linear_in_transformer": True},
+}  # fmt: skip
+AUTOENCODER = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
 KINDS = {"sd1": known.SD15, "sd2": known.SD20, "sdxl": known.SDXL}
 CLIPS = {
@@ -73,9 +79,15 @@ def clip(family: str) -> comfy.sd.CLIP:
 
 
 class Autoencoder:
-    """What identifying a graph's models asks of a VAE."""
+    """What a graph's models are asked of their VAE, which is in float32, as on cards without bf16."""
 
-    first_stage_model, latent_channels, latent_dim = True, 4, 2
+    latent_channels, latent_dim = 4, 2
+
+    def __init__(self) -> None:
+        # On a card, torch's own attention is used, which is `fused` here.
+        autoencoding.vae_attention = lambda: autoencoding.pytorch_attention
+        with META:
+            self.first_stage_model = AutoencoderKL(ddconfig=AUTOENCODER, embed_dim=4).eval()
 
     def spacial_compression_encode(self) -> int:
         return 8

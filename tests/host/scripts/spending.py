@@ -9,6 +9,7 @@ import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import reduced
@@ -22,7 +23,7 @@ import torch  # noqa: E402
 GIB = 2**30
 HOST, PLANS = part("nodes.host.comfy_host"), part("nodes.learning.plans")
 FLOW, SETTINGS = part("nodes.learning.flow"), part("em_core.settings")
-ERRORS, FROZEN = part("em_core.errors"), part("nodes.host.frozen")
+ERRORS, FROZEN = part("em_core.errors"), part("em_core.model.frozen")
 MEMORY, PROMPTS = part("em_core.model.memory"), part("em_core.prompts")
 PROMPT = PROMPTS.ConceptPrompt.parse("a photo of <rex:dog> and <doll:doll> on grass")
 
@@ -135,7 +136,7 @@ def check_copies() -> None:
     assert all(w.dtype == torch.bfloat16 for w in own.model.diffusion_model.parameters())
 
 
-ANATOMY = part("nodes.host.anatomy").anatomy
+ANATOMY, ANATOMY_OF = part("nodes.host.anatomy").anatomy, part("em_core.model.anatomy")
 
 
 def names(tries: list[Any]) -> list[tuple[str, int]]:
@@ -144,7 +145,9 @@ def names(tries: list[Any]) -> list[tuple[str, int]]:
 
 def check_choice() -> None:
     """Which plans there are for whom, and which one is taken for how much free memory."""
-    body, job = ANATOMY(models_of("sdxl")), MEMORY.Job(128, 128, batch=4, texts=2)
+    job, whole_body = ANATOMY_OF.Job(128, 128, batch=4, texts=2), ANATOMY(models_of("sdxl"))
+    # At this size, encoding a picture takes more than the narrow UNet; this autoencoder is narrower.
+    body = replace(whole_body, autoencoder=replace(whole_body.autoencoder, channels=1))
     card, old = PLANS.Device(torch.bfloat16, True), PLANS.Device(None, True)
     nothing, lora = SETTINGS.JointSettings(), SETTINGS.JointSettings(kind="lora")
     whole, cpu = SETTINGS.JointSettings(kind="full"), PLANS.Device(None, False)
@@ -173,6 +176,8 @@ def check_choice() -> None:
             needs[PLANS.first_that_fits(every, math.nextafter(need, 0))] < need or need == needs[-1]
         )
     assert PLANS.first_that_fits(every, 0.0) == 4
+    large = [replace(one, need=replace(one.need, encoding=1e12)) for one in every]
+    assert {one.need.peak for one in large} == {1e12} and PLANS.first_that_fits(large, 0.0) == 4
     assert names(PLANS.smaller(every, every[1])) == half[2:]
     try:
         PLANS.choose("half", whole, card)
@@ -269,6 +274,26 @@ def check_preview() -> None:
     assert kind == "JPEG" and image.size == (320, 240) and shown.preview(state) is None
     small, shown.shown = shown.small, 0.0
     assert shown.preview(state) is not None and shown.small is small
+    check_share_of_previews(module, shown, state)
+
+
+def check_share_of_previews(module: Any, shown: Any, state: Any) -> None:
+    """What takes a tenth of a second to draw is drawn every five seconds, a fiftieth of the time."""
+    now, real = [1000.0], (module.time, module.overlay)
+
+    def slow(*args: Any) -> Any:
+        now[0] += 0.1
+        return real[1](*args)
+
+    module.time, module.overlay = SimpleNamespace(monotonic=lambda: now[0]), slow
+    try:
+        drawn, shown.shown, shown.took = 0, 0.0, 0.0
+        for _ in range(1000):
+            now[0] += 0.05
+            drawn += shown.preview(state) is not None
+    finally:
+        module.time, module.overlay = real
+    assert 9 <= drawn <= 11, drawn
 
 
 logging.disable(logging.WARNING)

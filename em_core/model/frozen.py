@@ -5,8 +5,9 @@ a narrower type than it acts in is cast in every pass, and autograd keeps the wi
 text encoder or UNet, more than its activations. Here neither is kept; the weight is cast again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,34 +50,26 @@ class FrozenConvolution(torch.autograd.Function):
 
 def acts_alone(module: Any, x: Tensor) -> bool:
     """Whether a layer is no more than its weight and bias: frozen, on x's device, without functions
-    of other packs on them."""
+    that a host has put on them."""
     own = [p for p in (module.weight, module.bias) if p is not None]
     functions = getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
     plain = not functions and all(p.device == x.device and not p.requires_grad for p in own)
     return plain and torch.is_grad_enabled() and x.requires_grad
 
 
-def linear(module: Any, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `forward` of a linear layer; where nothing would be saved, the one that it had `before`."""
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or module.weight.dtype == x.dtype or not acts_alone(module, x):
-            return before(x, *args, **kwargs)
-        return FrozenLinear.apply(x, module.weight, module.bias)
-
-    return forward
+def linear(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The `forward` of a linear layer; where nothing would be saved, that of its class."""
+    if args or kwargs or module.weight.dtype == x.dtype or not acts_alone(module, x):
+        return type(module).forward(module, x, *args, **kwargs)
+    return FrozenLinear.apply(x, module.weight, module.bias)
 
 
-def convolution(module: Any, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `forward` of a convolution."""
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not acts_alone(module, x):
-            return before(x, *args, **kwargs)
-        options = (module.stride, module.padding, module.dilation, module.groups)
-        return FrozenConvolution.apply(x, module.weight, module.bias, options)
-
-    return forward
+def convolution(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The `forward` of a convolution."""
+    if args or kwargs or not acts_alone(module, x):
+        return type(module).forward(module, x, *args, **kwargs)
+    options = (module.stride, module.padding, module.dilation, module.groups)
+    return FrozenConvolution.apply(x, module.weight, module.bias, options)
 
 
 @contextmanager
@@ -85,18 +78,24 @@ def frozen_layers(*models: nn.Module) -> Iterator[None]:
     is open. Layers whose `forward` somebody else has set stay as they are."""
     changed: list[nn.Module] = []
     try:
-        for model in models:
-            for module in model.modules():
-                if "forward" in module.__dict__:
-                    continue
-                if isinstance(module, nn.Linear):
-                    module.forward = linear(module, module.forward)  # type: ignore[method-assign]
-                elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-                    module.forward = convolution(module, module.forward)  # type: ignore[method-assign]
-                else:
-                    continue
-                changed.append(module)
+        changed += freeze_layers(*models)
         yield
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+
+
+def freeze_layers(*models: nn.Module) -> list[nn.Module]:
+    """Let the layers of models save no more than they need from now on, and return them."""
+    changed: list[nn.Module] = []
+    for module in (module for model in models for module in model.modules()):
+        if "forward" in module.__dict__:
+            continue
+        if isinstance(module, nn.Linear):
+            module.forward = MethodType(linear, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+            module.forward = MethodType(convolution, module)  # type: ignore[method-assign]
+        else:
+            continue
+        changed.append(module)
+    return changed
