@@ -93,7 +93,10 @@ def summary(rows: list[dict[str, object]]) -> str:
 
 
 def picture(noise: float) -> None:
-    """Save a sheet of true masks, input masks and masks refined jointly in two ways."""
+    """Save a sheet of true masks, input masks and masks refined jointly in two ways.
+
+    The photographs are others' work, and stay where they are: the masks are drawn without them.
+    """
     rows = {}
     for folder in photo_folders():
         image, truth = read_photo(folder, SIDE)
@@ -103,7 +106,7 @@ def picture(noise: float) -> None:
             labels(MaskRefiner(image, settings)(before.float(), maps))
             for settings in (CUTLER, LOCAL_COLOUR)
         ]
-        rows[folder.name] = [overlay(image, masks) for masks in (truth > 0.5, before, *after)]
+        rows[folder.name] = [overlay(torch.full_like(image, 0.6), masks) for masks in (truth > 0.5, before, *after)]
     titles = ["true masks", f"before, noise {noise}", "cutler", "local_colour"]
     save_image(RESULTS / "crf_quality.png", sheet(rows, titles, side=200))
 
