@@ -106,7 +106,9 @@ def picture(noise: float) -> None:
             labels(MaskRefiner(image, settings)(before.float(), maps))
             for settings in (CUTLER, LOCAL_COLOUR)
         ]
-        rows[folder.name] = [overlay(torch.full_like(image, 0.6), masks) for masks in (truth > 0.5, before, *after)]
+        rows[folder.name] = [
+            overlay(torch.full_like(image, 0.6), masks) for masks in (truth > 0.5, before, *after)
+        ]
     titles = ["true masks", f"before, noise {noise}", "cutler", "local_colour"]
     save_image(RESULTS / "crf_quality.png", sheet(rows, titles, side=200))
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m em_core demo|scene|discover|learn|masks|generate|evaluate|refine`."""
+"""The command line: `python -m em_core COMMAND`, with the commands of the folder commands."""
 
 import argparse
 import sys
@@ -7,10 +7,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .commands import demo, discover, evaluate, generate, learn, masks, refine, scene
+from .commands import (
+    dataset,
+    demo,
+    discover,
+    evaluate,
+    export,
+    generate,
+    import_files,
+    learn,
+    masks,
+    refine,
+    scene,
+)
 from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError
 
-COMMANDS = (demo, scene, discover, learn, masks, generate, evaluate, refine)
+COMMANDS = (
+    demo,
+    scene,
+    discover,
+    learn,
+    masks,
+    generate,
+    evaluate,
+    refine,
+    export,
+    import_files,
+    dataset,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

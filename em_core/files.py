@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 import warnings
@@ -29,7 +30,10 @@ NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some network folders h
 REPLACE_TRIES, REPLACE_SECONDS, READ_TRIES = 5, 0.05, 10
 
 
-def write_aside(path: Path, write: Callable[[Path], None]) -> None:
+Writer = Callable[[Path], object]
+
+
+def write_aside(path: Path, write: Writer) -> None:
     """Let `write` fill a file next to `path`, then rename it, so that `path` is complete or unchanged.
 
     The content is on the disk before the name is, so that this also holds if the power fails.
@@ -37,22 +41,76 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    write_together({path: write})
+
+
+def write_together(writers: Mapping[Path, Writer]) -> None:
+    """Write several files as :func:`write_aside` does, and rename none before all are on the disk.
+
+    Raises:
+        UserError: a folder cannot be written to, or the disk is full.
+    """
+    asides = {path: aside_of(path) for path in writers}
+    path = next(iter(writers), Path())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        flush_to_disk(aside)
-        os.chmod(aside, usual_mode())  # safetensors makes files that their owner alone can read
-        replace_file(aside, path)
-        with suppress(OSError):  # Windows opens no folders; the file itself is safe by now
-            flush_to_disk(path.parent)
+        for path, write in writers.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(asides[path])
+            flush_to_disk(asides[path])
+            os.chmod(asides[path], usual_mode())  # safetensors makes files for their owner alone
+        for path, aside in asides.items():
+            replace_file(aside, path)
+        for folder in {path.parent for path in writers}:
+            with suppress(
+                OSError
+            ):  # Windows opens no folders; the files themselves are safe by now
+                flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"Could not write {path}: {error}. Choose a writable folder with enough free space."
         ) from error
     finally:
-        with suppress(OSError):
-            os.unlink(aside)
+        for aside in asides.values():
+            with suppress(OSError):
+                os.unlink(aside)
+
+
+def aside_of(path: Path) -> Path:
+    """Return a name beside `path` that no other file has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def write_folder(target: Path, writers: Mapping[str, Writer]) -> None:
+    """Write a folder's files into one beside it, which then takes its name: it is whole, or as it was.
+
+    Args:
+        target: the folder; what it held before is replaced.
+        writers: relative path, with "/" -> what fills the file there.
+
+    Raises:
+        UserError: it cannot be written to, or the disk is full.
+    """
+    aside, former = aside_of(target), aside_of(target)
+    path = target
+    try:
+        for name, write in writers.items():
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            flush_to_disk(path)
+        if target.exists():
+            os.replace(target, former)
+        os.replace(aside, target)
+    except OSError as error:
+        if former.exists() and not target.exists():
+            os.replace(former, target)
+        raise UserError(
+            f"Could not write {path}: {error}. Nothing is left of it. Choose a writable folder with enough free "
+            "space."
+        ) from error
+    finally:
+        for left in (aside, former):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyConceptTokens
+from .dataset import SaveTrainingSet
 from .demo import DemoScene, LoadDemoModel
 from .discover import DiscoverConcepts
 from .evaluate import EvaluateConcepts
@@ -12,6 +13,7 @@ from .files import LoadConcepts, SaveConcepts
 from .learn import LearnConcepts
 from .masks import CompareMasks, RefineCRF
 from .notices import listen
+from .training import MaskTrainingConditioning
 
 NODES: list[type[io.ComfyNode]] = [
     ConceptExample,
@@ -26,6 +28,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDemoModel,
     DemoScene,
     CompareMasks,
+    MaskTrainingConditioning,
+    SaveTrainingSet,
 ]
 
 

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
-from safetensors.torch import save_file
-from torch import Tensor
 
-from ..em_core.errors import UserError
-from ..em_core.files import write_aside
+from ..em_core.exchange.importing import concept_of_embedding
+from ..em_core.exchange.saving import (
+    RANK,
+    SUFFIX,
+    numbered,
+    require_case,
+    require_name,
+    save_exports,
+)
+from ..em_core.exchange.triggers import Vocabularies
 from ..em_core.prompts import require_apart
 from ..em_core.runs.concept_set import ConceptSet
-from .exports import embedding_tensors, lora_metadata, lora_tensors
-from .schema import CATEGORY, Concepts, schema
-from .telling import told_on_node
+from .host.application import require_same_family
+from .host.imports import concept_of_lora
+from .host.text import vocabularies
+from .schema import ADVANCED, CATEGORY, Concepts, schema
+from .telling import on_node, told_on_node
 
 KIND = "visual_concepts"
-SUFFIX = ".safetensors"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])")
+OTHERS = ("embeddings", "loras")
 folder_paths.folder_names_and_paths.setdefault(
     KIND, ([str(Path(folder_paths.models_dir) / KIND)], {SUFFIX})
 )
-
-
-def require_name(name: str) -> str:
-    """Return `name` if it is safe to use as a file name.
-
-    Raises:
-        UserError: it is empty, too long, holds anything but letters, digits, '_' and '-', or is reserved
-            on Windows, which the message then says.
-    """
-    if RESERVED.fullmatch(name):
-        raise UserError(
-            f"Bad name {name!r}. Windows reserves it for a device, so no file can have it there. Choose "
-            f"another name, such as {name}_1."
-        )
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"Bad name {name!r}. Expected up to 100 letters, digits, '_' or '-', as in rex_and_doll. Choose "
-            "another name; it is used in prompts and as a file name."
-        )
-    return name
 
 
 def folder_of(kind: str) -> Path:
@@ -67,114 +52,124 @@ class SaveConcepts(io.ComfyNode):
                 "save embedding",
                 "export lora",
                 "save textual inversion",
+                "trigger word",
             ],
-            description="Saves concepts for Load Concepts. It also exports them as embeddings (embedding:name "
-            "in a prompt) and a LoRA, for use without this pack and in other programs.",
+            description="Saves concepts for Load Concepts, and as files that need no node of this pack: with a "
+            "CLIP connected, one LoRA with the tokens in it, which Load LoRA (Model and CLIP) loads and a plain "
+            "trigger word calls; embeddings (embedding:name in a prompt); and, where weights were learned, a LoRA "
+            "without tokens for diffusers, A1111 and kohya. The node says which file goes where.",
             is_output_node=True,
             inputs=[
                 Concepts.Input("concepts", tooltip="The concepts to save, from Learn Concepts."),
                 io.String.Input(
                     "name",
                     default="my_concepts",
-                    tooltip="Name of the saved files: letters, digits, '_' and '-'. A single concept is "
-                    "exported under this name, several are exported as name_concept each.",
+                    tooltip="Name of the saved files: letters, digits, '_' and '-'. They are numbered, as in "
+                    "my_concepts_00001, unless 'overwrite' is on. Embeddings also have the concept's name, if "
+                    "there are several, and the model's family.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace existing files of the same name. When off, existing files are kept and "
-                    "the node reports an error.",
+                    tooltip="Save under the name itself, without a number, and replace what is there.",
                 ),
                 io.Boolean.Input(
                     "exports",
                     default=True,
-                    tooltip="Also write the concepts to models/embeddings and any learned LoRA to "
-                    "models/loras, for use without this pack.",
+                    tooltip="Also write LoRAs to models/loras and embeddings to models/embeddings, for use without "
+                    "this pack.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The CLIP of the checkpoint to draw with. With it, the LoRA holds the tokens: a "
+                    "trigger word in a plain prompt then means the concept. They are exact on this checkpoint; on "
+                    "another one they are off by as much as its trigger word differs.",
+                ),
+                io.String.Input(
+                    "triggers",
+                    default="",
+                    optional=True,
+                    tooltip="Trigger words of your own, as in 'rex: sks, doll: ohwx olis': one for each vector of "
+                    "a concept, and each a single piece of CLIP's vocabulary. Empty: rare ones are chosen, and the "
+                    "node says which. At strength 0 a trigger word means what it meant before, unlike in Apply "
+                    "Concept Tokens, where 0 is the words that the concept started from.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=RANK,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    tooltip="Of the LoRA for other programs, where whole weights were learned (joint phase "
+                    "cross_attention or full): their change at this rank. The node says how much of it is left "
+                    "out. The LoRA for ComfyUI has the whole change.",
+                    **ADVANCED,
                 ),
             ],
             outputs=[
                 io.String.Output(
                     "text",
                     display_name="text",
-                    tooltip="The embeddings' names, to paste into prompts elsewhere.",
+                    tooltip="Which file goes where, what each trigger word means, and the embeddings' names.",
                 )
             ],
         )
 
     @classmethod
     def execute(  # type: ignore[override]
-        cls, concepts: ConceptSet, name: str, overwrite: bool, exports: bool
+        cls,
+        concepts: ConceptSet,
+        name: str,
+        overwrite: bool,
+        exports: bool,
+        clip: Any = None,
+        triggers: str = "",
+        rank: int = RANK,
     ) -> io.NodeOutput:
-        text = save_concepts(concepts, name, overwrite, exports)
-        return io.NodeOutput(text, ui={"text": [text]})
+        with told_on_node() as told:
+            text = save_concepts(concepts, name, overwrite, exports, clip, triggers, rank)
+        return io.NodeOutput(text, ui=on_node(*told, text))
 
 
-def save_concepts(concepts: ConceptSet, name: str, overwrite: bool, exports: bool) -> str:
-    """Write the files and return the text to paste into prompts.
+def save_concepts(
+    concepts: ConceptSet,
+    name: str,
+    overwrite: bool,
+    exports: bool,
+    clip: Any = None,
+    triggers: str = "",
+    rank: int = RANK,
+) -> str:
+    """Write the files and return the text that says which goes where.
 
     Raises:
-        UserError: the name is bad, a file of that name in any case exists, names of concepts differ only
-            in case, or a folder cannot be written.
+        UserError: the name or a trigger word is bad, a file's name differs from another's only in case,
+            names of concepts do, the CLIP is of another family, or a folder cannot be written.
     """
     require_name(name)
     require_apart(concepts.names)
-    embeddings = {
-        export_name(name, concept, concepts): embedding_tensors(concepts, concept)
-        for concept in concepts.names
-    }
-    lora = lora_tensors(concepts) if exports else {}
-    files: dict[Path, Mapping[str, Tensor]] = {}
+    loras, embeddings, own = (folder_of(kind) for kind in ("loras", "embeddings", KIND))
+    name = name if overwrite else numbered(name, (loras, embeddings, own))
+    target = own / f"{name}{SUFFIX}"
+    require_case([target])
+    guide = f"{name}: for Load Concepts."
     if exports:
-        folder = folder_of("embeddings")
-        files = {folder / f"{export}{SUFFIX}": vectors for export, vectors in embeddings.items()}
-    if lora:
-        files[folder_of("loras") / f"{name}{SUFFIX}"] = lora
-    target = folder_of(KIND) / f"{name}{SUFFIX}"
-    require_free([target, *files], overwrite)
-    for file, tensors in files.items():
-        write_export(file, tensors, lora_metadata(concepts) if tensors is lora else {})
+        words = None if clip is None else clip_vocabularies(concepts, clip)
+        saved = save_exports(concepts, name, loras, embeddings, words, triggers, rank)
+        guide = f"{saved.guide}\n{guide}"
     concepts.save(target)
-    return " ".join(f"embedding:{export}" for export in embeddings) if exports else ""
+    return guide
 
 
-def export_name(name: str, concept: str, concepts: ConceptSet) -> str:
-    """Return the embedding's name: the given one, followed by the concept's if there are several."""
-    return name if len(concepts.names) == 1 else f"{name}_{concept}"
-
-
-def require_free(files: Sequence[Path], overwrite: bool) -> None:
-    """Refuse to replace files unasked, and to write next to one whose name differs only in case.
+def clip_vocabularies(concepts: ConceptSet, clip: Any) -> Vocabularies:
+    """Return the vocabularies of a CLIP that the concepts fit.
 
     Raises:
-        UserError: a file is there, or on Windows and Macs its name would be that of one which is.
+        UserError: it is of another family.
     """
-    there = {file: in_any_case(file) for file in files}
-    other = [str(found) for file, found in there.items() if found and found.name != file.name]
-    if other and not all(file.exists() for file, found in there.items() if found):
-        raise UserError(
-            f"There is {', '.join(other)}, whose name differs only in upper and lower case, which Windows and "
-            "Macs take for the same. Choose another name, or delete that file."
-        )
-    if not overwrite and any(there.values()):
-        raise UserError(
-            f"Files of this name already exist: {', '.join(str(found) for found in there.values() if found)}. "
-            "Choose another name, or switch on 'overwrite'."
-        )
-
-
-def in_any_case(file: Path) -> Path | None:
-    """Return the file of this name that is there, first of all in this case, or else in another."""
-    if not file.parent.is_dir():
-        return None
-    names = sorted(other.name for other in file.parent.iterdir())
-    same = [name for name in names if name.casefold() == file.name.casefold()]
-    return file.parent / (file.name if file.name in same else same[0]) if same else None
-
-
-def write_export(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a plain safetensors file, in full or not at all."""
-    clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_aside(file, lambda aside: save_file(clean, aside, metadata=dict(metadata) or None))
+    require_same_family(concepts, clip)
+    return vocabularies(clip, concepts.identity.encoders)
 
 
 class LoadConcepts(io.ComfyNode):
@@ -186,15 +181,48 @@ class LoadConcepts(io.ComfyNode):
             node_id="LoadConcepts",
             display_name="Load Concepts",
             category=CATEGORY,
-            search_aliases=["load embedding", "open concepts"],
-            description="Loads concepts that were saved by Save Concepts or by `python -m em_core learn` "
-            f"(put its concepts.safetensors into models/{KIND}).",
+            search_aliases=["load embedding", "open concepts", "import lora", "textual inversion"],
+            description="Loads concepts that were saved by Save Concepts or by `python -m em_core learn` (put its "
+            f"concepts.safetensors into models/{KIND}). It also takes embeddings and LoRAs of other programs as a "
+            "concept: to find its masks in pictures, or to give it a place in a layout.",
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folder_paths.get_filename_list(KIND),
-                    tooltip=f"A concept file in models/{KIND}.",
-                )
+                    options=[
+                        *folder_paths.get_filename_list(KIND),
+                        *(
+                            f"{kind}/{n}"
+                            for kind in OTHERS
+                            for n in folder_paths.get_filename_list(kind)
+                        ),
+                    ],
+                    tooltip=f"A concept file in models/{KIND}, or an embedding or LoRA of another program in "
+                    "models/embeddings or models/loras.",
+                ),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    optional=True,
+                    tooltip="For an embedding or a LoRA: the name of the concept, to be written as <name> in "
+                    "prompts. Empty: made from an embedding's file name.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    optional=True,
+                    tooltip="For a LoRA: its trigger words, as its page tells them. For an embedding: what it "
+                    "falls back to at strength 0, if anything.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="For a LoRA: the MODEL of the checkpoint to use it with.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For a LoRA: the CLIP of the checkpoint to use it with.",
+                ),
             ],
             outputs=[
                 Concepts.Output(
@@ -206,14 +234,27 @@ class LoadConcepts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> str:  # type: ignore[override]
+    def fingerprint_inputs(cls, name: str, **others: Any) -> str:  # type: ignore[override]
         """Change whenever the file does, so that new content under the same name is loaded."""
-        status = Path(folder_paths.get_full_path_or_raise(KIND, name)).stat()
+        status = located(name)[1].stat()
         return f"{name} {status.st_mtime_ns} {status.st_size}"
 
     @classmethod
-    def execute(cls, name: str) -> io.NodeOutput:  # type: ignore[override]
+    def execute(  # type: ignore[override]
+        cls, name: str, concept: str = "", words: str = "", model: Any = None, clip: Any = None
+    ) -> io.NodeOutput:
+        kind, path = located(name)
         with told_on_node():
-            return io.NodeOutput(
-                ConceptSet.load(Path(folder_paths.get_full_path_or_raise(KIND, name)))
-            )
+            if kind == "embeddings":
+                return io.NodeOutput(concept_of_embedding(path, concept.strip(), words))
+            if kind == "loras":
+                return io.NodeOutput(concept_of_lora(path, concept, words, model, clip))
+            return io.NodeOutput(ConceptSet.load(path))
+
+
+def located(name: str) -> tuple[str, Path]:
+    """Return the kind of a file that LoadConcepts offers, and its path."""
+    kind, _, rest = name.partition("/")
+    if kind in OTHERS and folder_paths.get_full_path(KIND, name) is None:
+        return kind, Path(folder_paths.get_full_path_or_raise(kind, rest))
+    return KIND, Path(folder_paths.get_full_path_or_raise(KIND, name))

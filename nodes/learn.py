@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..em_core.errors import UserError
 from ..em_core.examples import Example
+from ..em_core.exchange.lora import lora_tensors
 from ..em_core.masks.crf import PRESETS
 from ..em_core.presets import em_settings, joint_settings
 from ..em_core.runs.concept_set import ConceptSet
@@ -95,8 +96,6 @@ class LearnConcepts(io.ComfyNode):
         em, joint_phase = settings_of(models.family, mode, steps, seed, joint, advanced)
         with told_on_node() as told:
             concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
-        from .exports import lora_tensors
-
         return io.NodeOutput(
             concepts,
             mask_stack(concepts, examples),

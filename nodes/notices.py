@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 
 from ..em_core.errors import UserError
+from ..em_core.exchange.describing import described_triggers
 from ..em_core.prompts import LOADERS, MARK, NAME, ConceptPrompt
 from ..em_core.runs.concept_set import ConceptSet
 from .files import KIND
@@ -20,6 +22,7 @@ APPLY, EXAMPLE, OURS = (
     "ConceptExample",
     ("ConceptExample", "ExtractLatentMasks"),
 )
+LORA, LORA_MODEL_ONLY = "LoraLoader", "LoraLoaderModelOnly"
 MODEL, CLIP = 0, 1
 
 
@@ -28,7 +31,7 @@ def notices(graph: Graph) -> dict[str, str]:
     found = {}
     for name, node in graph.items():
         said = lonely_output(graph, name) if node.get("class_type") == APPLY else None
-        said = said or unapplied_mark(graph, name)
+        said = said or unapplied_mark(graph, name) or unused_tokens(graph, name)
         if said:
             found[name] = said
     return found
@@ -86,6 +89,32 @@ def unapplied_mark(graph: Graph, name: str) -> str | None:
     )
 
 
+def unused_tokens(graph: Graph, name: str) -> str | None:
+    """Say where a LoRA with tokens in it is loaded without them, or no prompt has its trigger words."""
+    node = graph[name]
+    file = node.get("inputs", {}).get("lora_name")
+    if node.get("class_type") not in (LORA, LORA_MODEL_ONLY) or not isinstance(file, str):
+        return None
+    path = folder_paths.get_full_path("loras", file)
+    triggers = described_triggers(Path(path)) if path else {}
+    means = {concept: " ".join(words) for concept, words in triggers.items()}
+    if means and node["class_type"] == LORA_MODEL_ONLY:
+        return (
+            f"{file} has the tokens of {', '.join(means)} in it, which this loader drops. Use Load LoRA (Model and "
+            "CLIP), and its CLIP for the prompts."
+        )
+    texts = [
+        " ".join(value.lower().split())
+        for one in graph.values()
+        for value in one.get("inputs", {}).values()
+        if isinstance(value, str)
+    ]
+    if not means or any(words in text for words in means.values() for text in texts):
+        return None
+    told = ", ".join(f"{words} ({concept})" for concept, words in means.items())
+    return f"No prompt of this graph has a trigger word of {file}: {told}."
+
+
 def links(node: Mapping[str, Any]) -> list[Any]:
     """Return a node's inputs that are linked, as [node, output] each."""
     return [v for v in node.get("inputs", {}).values() if isinstance(v, list) and len(v) == 2]
@@ -134,7 +163,7 @@ def concept_names(graph: Graph) -> set[str] | None:
             names |= names_in(inputs["prompt"])
         if kind == "LoadConcepts":
             concepts = concepts_in_file(str(inputs.get("name")))
-            names |= set(concepts.names) if concepts else set()
+            names |= set(concepts.names) if concepts else {str(inputs.get("concept", "")).strip()}
     return names
 
 

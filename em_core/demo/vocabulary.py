@@ -1,5 +1,7 @@
 """The words of the demo world, and their pieces of the CLIP vocabulary.
 
+A few trigger words are pieces besides; the model was never shown them, and their vectors are 0.
+
 Every word is one piece of CLIP's byte-pair encoding. A tokenizer folder that holds the byte pieces
 and the merges of these words alone gives them the ids that the whole vocabulary gives them.
 
@@ -12,6 +14,8 @@ import json
 import os
 from pathlib import Path
 
+from ..exchange.triggers import RARE
+
 START_ID = 49406
 END_ID = 49407
 START_PIECE = "<|startoftext|>"
@@ -23,6 +27,7 @@ PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "brick", "sky", "snow", "water", "wood", "stone")
 GENERICS = ("thing", "toy", "object", "item")
 FUNCTION_WORDS = ("a", "an", "and", "in", "of", "on", "photo", "the")
+TRIGGERS = RARE[:16]
 WORDS = tuple(sorted((*SHAPES, *COLOURS, *PATTERNS, *BACKGROUNDS, *GENERICS, *FUNCTION_WORDS)))
 
 Merge = tuple[str, str]
@@ -79,8 +84,8 @@ def extract(source: Path, words: tuple[str, ...] = WORDS) -> tuple[dict[str, int
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """Write the reduced tokenizer of the demo words, as `transformers.CLIPTokenizer` reads it."""
-    table, merges = extract(source)
+    """Write the reduced tokenizer of the demo words and triggers, as `transformers.CLIPTokenizer` reads it."""
+    table, merges = extract(source, (*WORDS, *TRIGGERS))
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
     write_text(folder / "vocab.json", json.dumps(table, ensure_ascii=False, separators=(",", ":")))

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..exchange.triggers import RARE, Vocabulary
 from ..masks.resizing import Size
 from ..model.adapters import (
     DIFF,
@@ -171,7 +172,14 @@ class DiffusersHost:
             UserError: the model knows only some words, and `text` has others.
         """
         if self.known_words is not None:
-            require_known(text, self.known_words)
+            require_known(text, self.known_words | set(RARE))
+
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Return the text encoders' vocabularies, for trigger words."""
+        return {
+            encoder.name: Vocabulary(encoder.pieces, encoder.table.detach().float().cpu())
+            for encoder in self.encoders
+        }
 
     def predict(
         self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
@@ -230,12 +238,17 @@ class DiffusersHost:
         return ("unet", self.unet), *((one.part, one.model) for one in self.encoders)
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
-        """Map paths to the linear layers that a LoRA acts on: the attention of UNet and text encoders."""
+        """Map paths to the linear layers that a LoRA learns: the attention of UNet and text encoders."""
+        layers = self.linear_layers()
+        return {path: layer for path, layer in layers.items() if ADAPTABLE.search(path)}
+
+    def linear_layers(self) -> dict[str, nn.Linear]:
+        """Map paths to all linear layers, on which LoRAs of other programs may act."""
         return {
             f"{root}.{name}": layer
             for root, module in self.modules()
             for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear) and ADAPTABLE.search(name)
+            if isinstance(layer, nn.Linear)
         }
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
@@ -298,7 +311,7 @@ class DiffusersHost:
         diffs = {name: weight for name, weight in weights.items() if name.endswith(DIFF)}
         with ExitStack() as stack:
             if any(name.endswith(DOWN) for name in lora):
-                stack.enter_context(lora_applied(self.adaptable_layers(), lora, lora_scale))
+                stack.enter_context(lora_applied(self.linear_layers(), lora, lora_scale))
             if diffs:
                 stack.enter_context(differences_applied(self.weights("full"), diffs))
             yield

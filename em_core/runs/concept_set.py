@@ -190,19 +190,23 @@ class ConceptSet:
         """Refuse a model that the concepts do not fit.
 
         A different architecture never fits. A different model of the same architecture (a fine-tune)
-        is refused too, unless `any_weights` is set; then there is only a warning.
+        is refused too, unless `any_weights` is set; then there is only a warning. Concepts of other
+        programs tell no architecture, and fit every model of their family.
 
         Raises:
             UserError: the model does not fit.
         """
+        known = self.identity.architecture
         if dict(self.identity.encoders) != dict(identity.encoders) or (
-            self.identity.architecture != identity.architecture
+            known and known != identity.architecture
         ):
             raise UserError(
                 "This model has a different architecture from the one that the concepts were learned on. "
                 f"Expected {self.identity.family} with text encoders of width {dict(self.identity.encoders)}, "
                 f"got {identity.family} with {dict(identity.encoders)}. Load the model they were learned on."
             )
+        if not known:
+            return
         ours, theirs = self.identity.sample, identity.sample
         if torch.dist(ours, theirs) <= SAME_WEIGHTS * ours.norm():
             return

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...em_core.errors import UserError
+from ...em_core.exchange.lora import lora_tensors
 from ...em_core.runs.concept_set import ConceptSet
-from ..exports import lora_tensors
 from .embeddings import start_of_embedding
 from .families import encoder_widths, require_there, text_encoders
 from .layout import laid_out

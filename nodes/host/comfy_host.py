@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...em_core.errors import UserError
+from ...em_core.exchange.lora import loadable
 from ...em_core.masks.resizing import Size
 from ...em_core.model.adapters import TrainableParts, trainable_lora, trainable_weights
 from ...em_core.model.identity import ModelIdentity
@@ -25,7 +26,6 @@ from ...em_core.model.schedules import NoiseSchedule
 from ...em_core.model.vectors import TableStatistics
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from ...em_core.settings import WeightKind
-from ..exports import loadable
 from .attention import SELF, attention_layers, block_levels, record_attention
 from .copies import private_copies
 from .embeddings import require_embeddings, start_of_embedding

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...em_core.errors import UserError
+from ...em_core.exchange.triggers import RARE
 from ...em_core.prompts import MARK, require_known
 from .text import refuse_unknown
 
@@ -158,7 +159,7 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
             super().__init__(device, dtype, options, clip_model=DemoClipModel)
 
     class Tokenizer(DemoTokenizer):
-        known_words = frozenset(words)
+        known_words = frozenset(words) | set(RARE)
 
         def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
             super().__init__(embedding_directory, tokenizer_data or {})

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...em_core.errors import UserError
+from ...em_core.exchange.triggers import Vocabulary
 from ...em_core.model.vectors import spread_pieces
 from ...em_core.prompts import MARK, NAME, ConceptVectors, require_no_loader
 
@@ -157,6 +159,23 @@ def word_vectors(clip: Any, encoder: str, words: str, count: int) -> Tensor | No
     if not ids:
         return None
     return spread_pieces(token_table(clip, encoder)[ids], count)
+
+
+def vocabularies(clip: Any, encoders: Iterable[str]) -> dict[str, Vocabulary]:
+    """Return the text encoders' vocabularies, with the token tables as the checkpoint has them."""
+    return {
+        name: Vocabulary(partial(pieces, clip.tokenizer, name), unpatched_table(clip, name))
+        for name in encoders
+    }
+
+
+def unpatched_table(clip: Any, encoder: str) -> Tensor:
+    """Return a token table [v, d] without what LoRAs have put in it while the CLIP is loaded."""
+    part = getattr(clip.cond_stage_model, encoder)
+    weight = part.transformer.get_input_embeddings().weight
+    named = {id(w): name for name, w in clip.cond_stage_model.named_parameters()}
+    original = clip.patcher.backup.get(named.get(id(weight)))
+    return (weight if original is None else original.weight).detach().float().cpu()
 
 
 def token_table(clip: Any, encoder: str) -> Tensor:

@@ -25,6 +25,7 @@ ORDER = (
     {"model"},
     {"method"},
     {"runs"},
+    {"exchange"},
     {"hosts"},
     {"show"},
     {"evaluate"},

@@ -49,26 +49,24 @@ def test_reserved_names_are_said_to_be_reserved(server: Server, name: str) -> No
         server.run(p.b.graph)
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_names_that_differ_only_in_case_do_not_collide(server: Server, overwrite: bool) -> None:
+def test_names_that_differ_only_in_case_do_not_collide(server: Server) -> None:
     """Neither of the file itself nor of one that is exported with it; one name is still one's own."""
     folder = server.base / "models" / "embeddings"
-    (folder / "case_REX.safetensors").write_bytes(b"someone's")
+    (folder / "case_REX_sd-64.safetensors").write_bytes(b"someone's")
 
     def save(name: str) -> Any:
         p = learning(steps=2)
-        p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=overwrite, exports=True)
+        p.b.add("SaveConcepts", concepts=p.learn, name=name, overwrite=True, exports=True)
         return p.b.graph
 
     try:
-        with pytest.raises(Failed, match=r"case_REX\.safetensors.* differs only in upper"):
+        with pytest.raises(Failed, match=r"case_REX_sd-64\.safetensors.* differs only in upper"):
             server.run(save("case"))
-        name = f"own_{overwrite}"
-        server.run(save(name))
-        with pytest.raises(Failed, match=rf"{name}\.safetensors.* differs only in upper"):
-            server.run(save(name.upper()))
+        server.run(save("own"))
+        with pytest.raises(Failed, match=r"own\.safetensors.* differs only in upper"):
+            server.run(save("OWN"))
     finally:
-        (folder / "case_REX.safetensors").unlink()
+        (folder / "case_REX_sd-64.safetensors").unlink()
 
 
 def test_concepts_that_differ_only_in_case(server: Server) -> None:
@@ -77,24 +75,31 @@ def test_concepts_that_differ_only_in_case(server: Server) -> None:
 
 
 def test_saving_over_a_file_needs_a_choice(server: Server) -> None:
+    """Without it, files are numbered, also beside one of another case; all of a number together."""
+
     def save(overwrite: bool, steps: int) -> Any:
         p = learning(steps=steps)
         p.b.add("SaveConcepts", concepts=p.learn, name="once", overwrite=overwrite, exports=True)
         return p.b.graph
 
     server.run(save(True, 2))
-    file = server.base / "models" / "visual_concepts" / "once.safetensors"
+    models = server.base / "models"
+    file = models / "visual_concepts" / "once.safetensors"
     before = file.read_bytes()
-    with pytest.raises(Failed, match="already"):
-        server.run(save(False, 3))
+    (models / "embeddings" / "ONCE_00004_x.safetensors").touch()
+    server.run(save(False, 3))
+    server.run(save(False, 4))
     assert file.read_bytes() == before
+    found = {f.name for f in models.rglob("once_*") if "sd-64" not in f.name}
+    assert found == {"once_00005.safetensors", "once_00006.safetensors"}
+    assert len([*models.rglob("once_0000?_*_sd-64.safetensors")]) == 4
     server.run(save(True, 3))
     assert file.read_bytes() != before
 
 
 def test_full_disk(server: Server) -> None:
     """A folder that cannot take the file: the message names it and nothing is left behind."""
-    folder = server.base / "models" / "embeddings" / "disk_rex.safetensors"
+    folder = server.base / "models" / "embeddings" / "disk_rex_sd-64.safetensors"
     folder.mkdir()
     p = learning()
     p.b.add("SaveConcepts", concepts=p.learn, name="disk", overwrite=True, exports=True)

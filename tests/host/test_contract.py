@@ -14,6 +14,7 @@ IDS = {
     "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
     "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
     "EvaluateConcepts",
+    "MaskTrainingConditioning", "SaveTrainingSet",
 }  # fmt: skip
 
 

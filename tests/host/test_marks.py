@@ -95,7 +95,7 @@ def test_start_from_an_embedding(server: Server) -> None:
     p = from_embedding("a photo of <rex:star>")
     p.b.add("SaveConcepts", concepts=p.learn, name="width", overwrite=True, exports=True)
     server.run(p.b.graph)
-    width = load_file(folder / "width.safetensors")["emb_params"].shape[1]
+    width = load_file(folder / "width_sd-64.safetensors")["emb_params"].shape[1]
     vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 0.02
     save_file({"emb_params": vectors}, folder / "begin.safetensors")
     p = from_embedding("a photo of <rex:embedding:begin>")
@@ -173,3 +173,56 @@ def test_told_where_the_names_are_not_written_out(comfyui: Path, server: Server)
     for node in (marked, plain):
         b.add("TestDump", value=node, name=f"node{node.id}")
     assert set(told(comfyui, server, b)) == {marked.id}
+
+
+def save_tokens(server: Server) -> None:
+    """Two concepts and a LoRA, in models/loras/tokens.safetensors, with `sks` and `ohwx` in it."""
+    p = learning(steps=2, joint="lora", joint_steps=2)
+    given = {"concepts": p.learn, "clip": p.model[1], "overwrite": True, "exports": True}
+    p.b.add("SaveConcepts", name="tokens", triggers="rex: sks, doll: ohwx", **given)
+    server.run(p.b.graph)
+
+
+def test_told_of_tokens_that_nothing_uses(comfyui: Path, server: Server) -> None:
+    """A loader that drops them, and prompts without their trigger words."""
+    save_tokens(server)
+    for text, silent in (("a photo of sks on grass", True), ("a photo of a star", False)):
+        b = Builder()
+        model = b.add("LoadDemoModel")
+        given = {"lora_name": "tokens.safetensors", "model": model, "strength_model": 1.0}
+        alone = b.add("LoraLoaderModelOnly", **given)
+        whole = b.add("LoraLoader", clip=model[1], strength_clip=1.0, **given)
+        encoding(whole[1], b, text)
+        for node in (alone, whole):
+            b.add("TestDump", value=node, name=f"node{node.id}")
+        found = told(comfyui, server, b)
+        assert "has the tokens of rex, doll" in found[alone.id]
+        assert (whole.id not in found) == silent
+    assert "No prompt of this graph has a trigger word" in found[whole.id]
+    assert "sks (rex), ohwx (doll)" in found[whole.id]
+
+
+def test_files_of_other_programs_load_as_concepts(server: Server) -> None:
+    """An embedding and a LoRA of models/embeddings and models/loras, under names of their own."""
+    save_tokens(server)
+    b = Builder()
+    model = b.add("LoadDemoModel")
+    own = b.add("LoadConcepts", name="tokens.safetensors")
+    embedding = b.add("LoadConcepts", name="embeddings/tokens_rex_sd-64.safetensors", concept="max")
+    lora = b.add(
+        "LoadConcepts", name="loras/tokens.safetensors", concept="max", words="sks",
+        model=model, clip=model[1],
+    )  # fmt: skip
+    for name, concepts, text in (
+        ("own", own, "<rex>"), ("embedding", embedding, "<max>"), ("lora", lora, "<max>"),
+    ):  # fmt: skip
+        given = {"model": model, "clip": model[1], "concepts": concepts, "strength": 1.0}
+        encoding(b.add("ApplyConceptTokens", **given)[1], b, f"a photo of {text}", name)
+    server.run(b.graph)
+    found = {n: server.dumped(n)["x/0/0"] for n in ("own", "embedding", "lora")}
+    torch.testing.assert_close(found["lora"], found["own"], atol=1e-5, rtol=0)
+    assert (found["embedding"] - found["own"]).abs().max() > 1e-4  # without the text encoder's LoRA
+    b = Builder()
+    b.add("TestDump", value=b.add("LoadConcepts", name="loras/tokens.safetensors"), name="x")
+    with pytest.raises(Failed, match="is a LoRA, which does not tell what it is of"):
+        server.run(b.graph)

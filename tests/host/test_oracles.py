@@ -15,17 +15,29 @@ TEXTS = [PROMPT, "(<rex>:1.2), a photo, <doll>, (on grass:0.8)", LONG]
 def saved(server: Server) -> Server:
     """A server on which two concepts of several vectors, and a LoRA, are learned and saved."""
     p = learning(joint="lora", joint_steps=4, vectors=3)
-    p.b.add("SaveConcepts", concepts=p.learn, name="two", overwrite=True, exports=True)
+    p.b.add(
+        "SaveConcepts", concepts=p.learn, name="two", overwrite=True, exports=True, clip=p.model[1],
+        triggers="doll: hns bsf gsc",
+    )  # fmt: skip
     p.b.add("SaveLoRA", lora=p.learn[2], prefix="loras/trained", steps=4)
     p.b.add("LossGraphNode", loss=p.learn[3], filename_prefix="loss")
     outputs = server.run(p.b.graph)
-    assert any("embedding:two_rex" in str(of) for of in outputs.values())
+    (said,) = (str(of) for of in outputs.values() if "two_lora" in str(of))
+    assert "embedding:two_rex_sd-64" in said
+    assert "`sks ohwx snf` means rex, `hns bsf gsc` means doll" in said
     return server
 
 
 def stock_words(text: str) -> str:
     """The prompt as one writes it without this pack."""
-    return text.replace("<rex>", " embedding:two_rex ").replace("<doll>", " embedding:two_doll ")
+    for name in ("rex", "doll"):
+        text = text.replace(f"<{name}>", f" embedding:two_{name}_sd-64 ")
+    return text
+
+
+def trigger_words(text: str) -> str:
+    """The prompt as one writes it with the trigger words of the one LoRA file."""
+    return text.replace("<rex>", " sks ohwx snf ").replace("<doll>", " hns bsf gsc ")
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=["plain", "weights", "long"])
@@ -35,15 +47,21 @@ def test_conditioning_equals_stock_embeddings(saved: Server, text: str) -> None:
         "LoraLoader", model=p.model, clip=p.model[1], lora_name="two.safetensors",
         strength_model=1.0, strength_clip=1.0,
     )  # fmt: skip
-    for name, clip, words in (("ours", applied(p)[1], text), ("stock", lora[1], stock_words(text))):
+    cases = (
+        ("ours", applied(p)[1], text),
+        ("stock", lora[1], stock_words(text)),
+        ("words", lora[1], trigger_words(text)),
+    )
+    for name, clip, words in cases:
         encoded = p.b.add("CLIPTextEncode", clip=clip, text=words)
         p.b.add("TestDump", value=encoded, name=name)
     saved.run(p.b.graph)
-    ours, stock = saved.dumped("ours"), saved.dumped("stock")
+    ours, stock, words = (saved.dumped(name) for name in ("ours", "stock", "words"))
     assert ours["x/0/0"].shape[1] == (154 if text == LONG else 77)
-    assert set(ours) == set(stock)
+    assert set(ours) == set(stock) == set(words)
     for name in ours:
         assert torch.equal(ours[name], stock[name]), name
+        torch.testing.assert_close(words[name], ours[name], atol=1e-5, rtol=0)
 
 
 def test_lora_loader_gives_the_same_pictures(saved: Server) -> None:
@@ -58,23 +76,25 @@ def test_lora_loader_gives_the_same_pictures(saved: Server) -> None:
     for name, node in (
         ("ours", sample(p.b, ours, ours[1], PROMPT)),
         ("stock", sample(p.b, lora, lora[1], stock_words(PROMPT))),
+        ("words", sample(p.b, lora, lora[1], trigger_words(PROMPT))),
         ("plain", plain),
     ):
         p.b.add("TestDump", value=node, name=name)
     saved.run(p.b.graph)
     ours_x, stock_x = saved.dumped("ours")["x/samples"], saved.dumped("stock")["x/samples"]
     assert torch.equal(ours_x, stock_x)
+    torch.testing.assert_close(saved.dumped("words")["x/samples"], ours_x, atol=1e-4, rtol=1e-4)
     assert not torch.equal(ours_x, saved.dumped("plain")["x/samples"])
     log = saved.log_text()[before:]
     assert "lora key not loaded" not in log and "NOT LOADED" not in log
 
 
 def test_core_saves_our_lora(saved: Server) -> None:
-    """The file of core's SaveLoRA holds what SaveConcepts exports."""
+    """The file of core's SaveLoRA holds what SaveConcepts exports without the tokens."""
     from safetensors.torch import load_file
 
     (file,) = (saved.base / "output" / "loras").glob("trained_4_steps_*.safetensors")
-    ours = load_file(saved.base / "models" / "loras" / "two.safetensors")
+    ours = load_file(saved.base / "models" / "loras" / "two_lora.safetensors")
     core = load_file(file)
     assert set(core) == set(ours) and all(torch.equal(core[n], ours[n]) for n in ours)
 

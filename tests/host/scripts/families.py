@@ -28,7 +28,7 @@ logging.disable(logging.WARNING)
 def run() -> None:
     settings = part("em_core.settings")
     plans = part("nodes.learning.plans")
-    host_module, exports = part("nodes.host.comfy_host"), part("nodes.exports")
+    host_module, exports = part("nodes.host.comfy_host"), part("em_core.exchange.lora")
     # ComfyUI keeps text encoders in half precision; the phase that trains them has to cope with it.
     text_type = torch.float16 if kind == "full" else torch.float32
     model, text = reduced.unet(family, weights_type), reduced.clip(family, text_type)
@@ -119,7 +119,7 @@ def check_exports(exports: Any, host_module: Any, concepts: Any, models: Any, pr
         loaded = replace(models, model=loaded_model, clip=loaded_text)
         compare_outputs(host_module, concepts, models, loaded, prompt)
     for name in concepts.names:
-        embedding = exports.embedding_tensors(concepts, name)
+        embedding = part("em_core.exchange.embeddings").embedding_tensors(concepts, name)
         assert set(embedding) == ({"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"})
 
 

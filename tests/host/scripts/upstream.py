@@ -464,7 +464,7 @@ def learned_weights(model: Any, clip: Any, vae: Any) -> None:
     learned = part("em_core.runs.concept_set").ConceptSet(
         (concept,), vectors, host.identity(), weights, lora_scale=0.05
     )
-    lora = part("nodes.exports").lora_tensors(learned)
+    lora = part("em_core.exchange.lora").lora_tensors(learned)
     loaded = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
 

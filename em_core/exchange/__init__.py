@@ -1,0 +1,1 @@
+"""Learned concepts in the files of other programs, and theirs as concepts: LoRAs and embeddings."""

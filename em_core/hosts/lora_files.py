@@ -1,0 +1,161 @@
+"""LoRA files of other programs on a diffusers pipeline, as concepts."""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Notice, UserError
+from ..exchange.importing import imported, layer_of, read_lora
+from ..exchange.names import RESNET, diffusers_path, kohya_name, table_name
+from ..model.adapters import DIFF, DOWN, UP
+from ..runs.concept_set import ConceptSet
+from .diffusers import DiffusersHost
+
+BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_(?:(\d+)_)?(.+)")
+DOTTED = re.compile(r"^(unet\..+?)\.(?:processor\.)?(to_[qkvo]\w*?)(?:\.0)?$")
+PLAIN = re.compile(r"[._](lora_up|lora_down|lora_A|lora_B|up|down|alpha)(?:\.weight)?$")
+ROLES = {"lora_up": UP, "lora_B": UP, "up": UP, "lora_down": DOWN, "lora_A": DOWN, "down": DOWN}
+
+
+def concept_of_lora(host: DiffusersHost, path: Path, name: str, words: str) -> ConceptSet:
+    """Return a LoRA file as a concept: its weights, and its trigger words' vectors as tokens.
+
+    kohya's names are read, those of diffusers, and this package's own files with tokens in them.
+
+    Raises:
+        UserError: there are no name or trigger words; or the file is damaged, of another kind or
+            family, or incomplete.
+    """
+    tensors = read_lora(path, name, words)
+    layers = lora_layers(host)
+    parts = parts_of(path, tensors)
+    blocks = host.unet.config.layers_per_block
+    found = {layer: own_name(layer, blocks) for layer in parts}
+    strange = [layer for layer, own in found.items() if own not in layers and not is_table(layer)]
+    if len(strange) == len(parts):
+        raise UserError(
+            f"{path} fits no layer of this model. Expected a LoRA of its family, got layers such as "
+            f"{', '.join(strange[:3])}. Load the model that it was made for."
+        )
+    if strange:
+        warnings.warn(
+            f"{len(strange)} of {len(parts)} layers of {path.name} are not in this model and are left out, such as "
+            f"{strange[0]}.",
+            Notice,
+            stacklevel=2,
+        )
+    weights: dict[str, Tensor] = {}
+    for layer, own in found.items():
+        if own in layers:
+            weights |= learned_of(path, *layers[own], parts[layer])
+    return imported(
+        path, name.strip(), words, vectors_of(host, path, words, parts), weights, host.identity()
+    )
+
+
+def lora_layers(host: DiffusersHost) -> dict[str, tuple[str, Any]]:
+    """Map kohya's names, and paths with dots, to each layer that LoRAs may act on and its path."""
+    sdxl = len(host.encoders) > 1
+    found: dict[str, tuple[str, Any]] = {}
+    for root, module in host.modules():
+        for name, layer in module.named_modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                path = f"{root}.{name}"
+                found[path] = found[kohya_name(path, sdxl, 2)] = (path, layer)
+    return found
+
+
+def parts_of(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group a LoRA file's tensors by their layers.
+
+    Raises:
+        UserError: a layer is of another kind than up, down and alpha, or lacks one of the first two.
+    """
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, x in tensors.items():
+        role = PLAIN.search(key)
+        if role is None:
+            raise UserError(
+                f"{path} is of a kind that cannot become a concept. Expected a plain LoRA (lora_up and lora_down), "
+                f"got {key}."
+            )
+        parts[layer_of(key)][ROLES.get(role[1], "alpha")] = x
+    for layer, of in parts.items():
+        if not {UP, DOWN} <= of.keys():
+            raise UserError(
+                f"{path} is incomplete: {layer} has {', '.join(sorted(of))} alone. Expected lora_up and lora_down "
+                "of each layer. Download or save it again."
+            )
+    return dict(parts)
+
+
+def is_table(layer: str) -> bool:
+    return layer.startswith("text_encoders.") and layer.endswith("token_embedding")
+
+
+def own_name(layer: str, blocks: int) -> str:
+    """Return a layer's name in diffusers' terms: kohya's with underscores, or a path with dots."""
+    if found := BLOCK.fullmatch(layer):
+        part, number, place, rest = found.groups()
+        short = {name.replace(".", "_"): other for name, other in RESNET.items()}
+        rest = short.get(rest, rest)
+        own = ".".join(piece for piece in ("diffusion_model", part, number, place, rest) if piece)
+        return f"lora_unet_{diffusers_path(own, blocks).replace('.', '_')}"
+    if found := DOTTED.match(layer):
+        return f"{found[1]}.{found[2]}" + ".0" * (found[2] == "to_out")
+    return layer
+
+
+def learned_of(
+    path: Path, name: str, layer: nn.Linear | nn.Conv2d, parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a layer's LoRA as a concept file keeps it: factors of a matrix, a kernel's whole difference.
+
+    Raises:
+        UserError: it has another shape than the layer.
+    """
+    up, down = parts[UP].float(), parts[DOWN].float()
+    scale = float(parts["alpha"]) / len(down) if "alpha" in parts else 1.0
+    expected, found = layer.weight.shape, (len(up), *down.shape[1:])
+    if expected.numel() != up.shape[0] * down[0].numel() or expected[:2] != found[:2]:
+        raise UserError(
+            f"{path} is of a different family of models. Expected {list(expected)} at {name}, got {list(found)}. "
+            "Load the model that it was made for."
+        )
+    up = up.flatten(1) * scale
+    if isinstance(layer, nn.Linear):
+        return {name + DOWN: down.flatten(1), name + UP: up}
+    return {f"{name}.weight{DIFF}": (up @ down.flatten(1)).reshape(expected)}
+
+
+def vectors_of(
+    host: DiffusersHost, path: Path, words: str, parts: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the vectors of the trigger words' pieces, with what a file puts into the token tables.
+
+    Raises:
+        UserError: the model does not know a word, or the file has another token table.
+    """
+    host.require_known(words)
+    found = {}
+    for encoder, vocabulary in host.vocabularies().items():
+        ids = vocabulary.pieces(words)
+        rows = vocabulary.table[ids].clone()
+        if entry := parts.get(table_name(encoder)):
+            learned_of(path, table_name(encoder), table_of(vocabulary.table), entry)
+            up, down = entry[UP].float(), entry[DOWN].float()
+            rows += up[ids] @ down * float(entry.get("alpha", len(down))) / len(down)
+        found[encoder] = rows
+    return found
+
+
+def table_of(table: Tensor) -> nn.Linear:
+    """Return a token table in the form of a layer, for its shape."""
+    with torch.device("meta"):
+        return nn.Linear(table.shape[1], table.shape[0], bias=False)
