@@ -32,6 +32,7 @@ from ruler import read
 from torch import Tensor
 
 from em_core.commands.common import load_host
+from em_core.commands.demo import GUIDANCE as DEMO_GUIDANCE
 from em_core.commands.demo import OTHER_PLACES, example_of
 from em_core.demo.captions import Look, full_caption
 from em_core.demo.rendering import SIZE
@@ -74,7 +75,7 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)
     joint: WeightKind = "none"
     joint_changes: Mapping[str, Any] = field(default_factory=dict)
-    guidance: float = 5.0
+    guidance: float = DEMO_GUIDANCE
     learned: bool = True
     once: bool = False
 
@@ -105,13 +106,17 @@ OTHERS: dict[str, Arm] = {
     "lora_50": Arm(joint="lora", joint_changes={"steps": 50}),
     "lora_400": Arm(joint="lora", joint_changes={"steps": 400}),
     "lora_400_no_decay": Arm(joint="lora", joint_changes={"steps": 400, "decay_after": None}),
+    "lora_alpha_4": Arm(joint="lora", joint_changes={"alpha": 4.0}),
+    "lora_alpha_4_200": Arm(
+        joint="lora", joint_changes={"alpha": 4.0, "steps": 200, "decay_after": 200}
+    ),
     "lora_prior": Arm(joint="lora", joint_changes={"prior_weight": 1.0}),
     "lora_seg_mix": Arm(joint="lora", joint_changes={"seg_mix": 0.3}),
     "lora_seg_mix_prior": Arm(joint="lora", joint_changes={"seg_mix": 0.3, "prior_weight": 1.0}),
     "cross_attention": Arm(joint="cross_attention"),
     "full": Arm(joint="full"),
-    "guidance_2": Arm(guidance=2.0),
-    "guidance_7.5": Arm(guidance=7.5),
+    **{f"guidance_{scale}": Arm(guidance=scale) for scale in (2.0, 5.0, 7.5)},
+    **{f"lora_guidance_{s}": Arm(joint="lora", guidance=s) for s in (2.0, 5.0, 7.5)},
 }
 ARMS = MAIN | OTHERS
 

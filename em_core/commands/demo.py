@@ -34,6 +34,9 @@ from .common import Progress, load_host, require_folder
 SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
 SEED, SET = 12, "J"
 SCALE = 3
+GUIDANCE = (
+    3.0  # at 5 the demo model draws learned colours too strong: grey turns blue, pink dark red
+)
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
 
@@ -151,7 +154,7 @@ def generated(host: DiffusersHost, concepts: ConceptSet, scene: ConceptScene) ->
     learned_from = Image.fromarray(scene.image)
     rows = {}
     for title, text in prompts.items():
-        pictures = host.generate(text, concepts, range(5))
+        pictures = host.generate(text, concepts, range(5), guidance=GUIDANCE)
         rows[title] = [learned_from, *map(to_image, pictures)]
     return sheet(rows, ["learned from", *(f"seed {seed}" for seed in range(5))], side=128)
 
