@@ -34,9 +34,8 @@ from .common import Progress, load_host, require_folder
 SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
 SEED, SET = 12, "J"
 SCALE = 3
-GUIDANCE = (
-    3.0  # at 5 the demo model draws learned colours too strong: grey turns blue, pink dark red
-)
+# At 5 the demo model draws learned colours too strong: grey turns blue, and pink dark red.
+GUIDANCE = 3.0
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
 
