@@ -18,6 +18,7 @@ from .masks.settings import MaskSettings
 Mode = Literal["em", "fixed", "given", "none"]
 Normalisation = Literal["mean", "area"]
 WeightKind = Literal["none", "lora", "cross_attention", "full"]
+KeyMasks = Literal["em", "otsu"]
 T = TypeVar("T")
 
 
@@ -185,6 +186,67 @@ class JointSettings:
     def lora_alpha(self) -> float:
         """The LoRA's alpha: the given one, or its rank."""
         return float(self.rank) if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
+class VisualSettings:
+    """Settings of the visual condition (ViCo, arXiv 2306.00971): image attention that is learned with the
+    tokens, after the EM loop or in its place, with the masks frozen.
+
+    ViCo's values are those of its published code; :func:`em_core.presets.vico` has all of them together.
+
+    Attributes:
+        steps: number of steps (ViCo: 400 at a batch of 4).
+        batch: noise samples per step, all of one picture.
+        learning_rate: learning rate of the blocks (ViCo: 1e-5).
+        token_learning_rate: that of the token vectors; None keeps them as they are (ViCo: 5e-3 times the
+            batch, since its tokens are not learned before).
+        token_weight_decay: AdamW's weight decay of the token vectors (ViCo: 0.01, as of the blocks).
+        after_em: whether the EM loop comes first; ViCo has none, and starts from the words.
+        zero_init: whether the blocks change nothing at first (ViCo: random values, which harm the
+            picture during the first steps).
+        key_masks: which pixels of the reference may be looked at: those of the EM loop's mask, or of
+            Otsu's threshold of the token's attention, layer by layer (ViCo).
+        gated: whether a concept's blocks act on the pixels that attend to it (ours, which keeps several
+            concepts apart), or on all (ViCo).
+        reference_gradient: whether the tokens' gradient passes through the reference's own way through
+            the UNet too, which takes twice the memory (ViCo).
+        end_of_text_weight: weight of the regulariser that keeps a token's attention near that of the
+            end of the text, summed over the places of image attention (ViCo: 5e-4). It has no effect
+            on tokens that are kept.
+        disturb: whether a reference that is the picture itself is mirrored, moved and scaled, so that
+            copying it is no solution (ViCo: no). With further pictures of a concept, another one is the
+            reference.
+        own_prompts: whether each half of classifier-free guidance sees the reference under its own prompt
+            (ViCo), or both under the conditional one, which takes one pass instead of two.
+    """
+
+    steps: int = 400
+    batch: int = 1
+    learning_rate: float = 1e-4
+    token_learning_rate: float | None = None
+    token_weight_decay: float = 0.0
+    after_em: bool = True
+    zero_init: bool = True
+    key_masks: KeyMasks = "em"
+    gated: bool = True
+    reference_gradient: bool = False
+    end_of_text_weight: float = 0.0
+    disturb: bool = True
+    own_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        require("visual steps", self.steps, self.steps >= 1, "at least 1")
+        require("batch", self.batch, self.batch >= 1, "at least 1")
+        rate = self.learning_rate
+        require("learning rate of image attention", rate, is_rate(rate), RATE)
+        rate_or_none = self.token_learning_rate
+        fine = rate_or_none is None or is_rate(rate_or_none)
+        require("learning rate of the tokens", rate_or_none, fine, f"{RATE}, or None")
+        for name in ("token_weight_decay", "end_of_text_weight"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        kinds = get_args(KeyMasks)
+        require("key masks", self.key_masks, self.key_masks in kinds, f"one of {kinds}")
 
 
 RATE = "a number greater than 0 and at most 1"

@@ -34,13 +34,17 @@ from ..model.layers import AttentionLayer
 from ..model.protocol import Conditioning, TextStream
 from ..model.recording import AttentionRecorder
 from ..model.schedules import NoiseSchedule, VariancePreserving
+from ..model.visual import Act, Place, image_places, transformed
+from ..model.visual_drawing import VisualUse
 from ..prompts import ConceptPrompt, ConceptVectors, embedding_name, require_known
 from ..runs.concept_set import ConceptSet
+from ..runs.visual_condition import VisualCondition
 from ..settings import WeightKind
 from .attention import SELF, attention_layers, record_attention
 from .fingerprint import fingerprint
 from .loading import load_pipeline, number_type, require_plain_model, torch_device
 from .text import SD2_WIDTH, require_learned, require_same_places, text_encoders
+from .visual import looking
 
 LOSS_SCALE = 2.0**16
 PROJECTION = "text_projection.weight"
@@ -135,6 +139,12 @@ class DiffusersHost:
 
     def self_attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size, SELF)
+
+    def image_places(self, latent_size: Size) -> tuple[Place, ...]:
+        return image_places(self.attention_layers(latent_size), self.unet)
+
+    def transformed(self, places: Sequence[Place], act: Act) -> AbstractContextManager[None]:
+        return transformed(self.unet, places, act)
 
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
@@ -324,6 +334,9 @@ class DiffusersHost:
         steps: int = 30,
         guidance: float = 5.0,
         size: Size | None = None,
+        condition: VisualCondition | None = None,
+        strength: float = 1.0,
+        span: tuple[float, float] = (0.0, 1.0),
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, from a prompt with learned concepts as `<name>`.
 
@@ -334,14 +347,21 @@ class DiffusersHost:
             steps: number of steps of diffusers' own sampler.
             guidance: scale of classifier-free guidance.
             size: (height, width) in pixels; None takes the model's own.
+            condition: a visual condition, whose concepts are used where `concepts` are not given.
+            strength: factor of what the condition adds, 0 to 2; 0 is the model without it.
+            span: the part of the sampling in which it acts, as shares (start, end) of the schedule.
 
         Raises:
-            UserError: the prompt names a concept that is not among `concepts`.
+            UserError: the prompt names a concept that is not among `concepts`, or the condition is of
+                another family.
         """
         prompt = ConceptPrompt.parse(prompt) if isinstance(prompt, str) else prompt
+        if condition is not None:
+            concepts = concepts or condition.concepts
+        use = condition.use(strength, span) if condition else None
         vectors = concepts.vectors if concepts else {}
         with self.applied(*(concepts.weights, concepts.lora_scale) if concepts else ({}, 1.0)):
-            return self.draw(prompt, vectors, seeds, steps, guidance, size)
+            return self.draw(prompt, vectors, seeds, steps, guidance, size, use)
 
     @torch.no_grad()
     def draw(
@@ -352,9 +372,11 @@ class DiffusersHost:
         steps: int = 30,
         guidance: float = 5.0,
         size: Size | None = None,
+        visual: VisualUse | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, with diffusers' own sampling loop and scheduler."""
-        encoded = self.encode_prompts([ConceptPrompt(()), prompt], vectors).inputs
+        conditioning = self.encode_prompts([ConceptPrompt(()), prompt], vectors)
+        encoded = conditioning.inputs
         names = {"y": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         given = {}
         for kind, (empty, x) in encoded.items():
@@ -362,7 +384,7 @@ class DiffusersHost:
             given[names[kind]] = torch.stack([x] * len(seeds))
             given[f"negative_{names[kind]}"] = torch.stack([away] * len(seeds))
         height, width = size or (self.image_side, self.image_side)
-        with warnings.catch_warnings():
+        with looking(self, visual, conditioning, len(seeds)), warnings.catch_warnings():
             # Of diffusers' own pipeline, about its own VAE in float16.
             warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
             pictures = self.pipeline(

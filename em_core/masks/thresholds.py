@@ -60,3 +60,21 @@ def binarise(maps: Masks, threshold: Threshold, competition: bool = True) -> Boo
     """Turn maps in 0..1 into masks; with competition, a pixel over several thresholds has one owner."""
     above = threshold_maps(maps, threshold)
     return above & compete(maps.where(above, torch.zeros_like(maps))) if competition else above
+
+
+def otsu_of_tenths(maps: Float[Tensor, "*b h w"]) -> Bool[Tensor, "*b h w"]:
+    """Return ViCo's mask of each map (arXiv 2306.00971): Otsu's split among the thresholds 0, 0.1 .. 0.9.
+
+    A map is scaled to 0..1 first. What equals the threshold is in the mask; all of a constant map is.
+    """
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    scaled = ((maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)).flatten(-2)
+    tenths = torch.arange(10, device=maps.device, dtype=maps.dtype) / 10
+    above = (scaled[..., None, :] >= tenths[:, None]).to(maps.dtype)
+    share = above.mean(dim=-1)
+    sums = (scaled[..., None, :] * above).mean(dim=-1)
+    mean_above = sums / share.clamp(min=1e-12)
+    mean_below = (scaled.mean(dim=-1, keepdim=True) - sums) / (1 - share).clamp(min=1e-12)
+    between = share * (1 - share) * (mean_above - mean_below).square()
+    chosen = tenths[between.argmax(dim=-1)]
+    return (scaled >= chosen[..., None]).reshape(maps.shape)

@@ -21,7 +21,7 @@ class StepEvent:
     """What a listener learns of one step; the masks themselves are in the state.
 
     Attributes:
-        phase: "start" (masks just estimated, nothing learned), "em" or "joint".
+        phase: "start" (masks just estimated, nothing learned), "em", "joint" or "visual".
         step, steps: done, and of how many.
         losses: name -> value of this step (empty at the start).
         masks: whether the masks were estimated at this step.
@@ -42,7 +42,7 @@ class StepEvent:
 
     def points(self) -> dict[str, float]:
         """Curve name -> this step's value."""
-        loss = "joint_loss" if self.phase == "joint" else "loss"
+        loss = {"joint": "joint_loss", "visual": "visual_loss"}.get(self.phase, "loss")
         parts = {loss: self.losses, "iou": self.iou, "area": self.area, "change": self.change}
         return {
             f"{what}/{name}": value

@@ -1,7 +1,7 @@
 """What a run works on: pictures resized and encoded once, the host, the settings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,8 +15,8 @@ from ..masks.resizing import Size, resize
 from ..masks.settings import MaskSettings
 from ..model.layers import AttentionLayer, region_layers
 from ..model.protocol import DiffusionModel
-from ..prompts import Concept, merge_concepts
-from ..settings import EMSettings, JointSettings
+from ..prompts import Concept, ConceptVectors, merge_concepts
+from ..settings import EMSettings, JointSettings, VisualSettings
 
 LEAST_SPREAD = 1 / 255
 """Range of values in 0..1 that a picture must have in some channel."""
@@ -62,13 +62,38 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a run works on; does not change while it runs."""
+    """What a run works on; does not change while it runs.
+
+    Attributes:
+        host: the model.
+        pictures, concepts: of the examples.
+        settings, joint: of the EM loop and of the joint phase.
+        visual: of the phase that learns a visual condition; None has none.
+        known: vectors of concepts that were learned before and are started from.
+    """
 
     host: DiffusionModel
     pictures: tuple[Prepared, ...]
     concepts: tuple[Concept, ...]
     settings: EMSettings
     joint: JointSettings
+    visual: VisualSettings | None = None
+    known: ConceptVectors = field(default_factory=dict)
+
+    @property
+    def has_em(self) -> bool:
+        """Whether the run begins with the EM loop: not if all concepts are known, nor where ViCo has none."""
+        if self.visual is None:
+            return True
+        return self.visual.after_em and any(c.name not in self.known for c in self.concepts)
+
+    def looks(self) -> dict[str, str]:
+        """Concept -> what it starts from; those that have the same in common are alike."""
+        word = self.settings.generic_word
+        return {
+            c.name: f"<{c.name}>" if c.name in self.known else c.words or word
+            for c in self.concepts
+        }
 
 
 def prepare(
@@ -76,26 +101,38 @@ def prepare(
     examples: Sequence[Example],
     settings: EMSettings,
     joint: JointSettings | None = None,
+    visual: VisualSettings | None = None,
+    known: ConceptVectors | None = None,
 ) -> Problem:
     """Resize and encode the pictures once.
 
     Raises:
-        UserError: no example, prompts that contradict each other, or settings that do.
+        UserError: no example, prompts that contradict each other, or settings or phases that do.
     """
+    joint = joint or JointSettings()
+    if visual is not None and joint.kind != "none":
+        raise UserError(
+            f"A visual condition is not learned in one run with the joint phase {joint.kind!r}. Learn the concepts "
+            "with it first, then give them to the visual condition to start from."
+        )
     if not examples:
         raise UserError("No example to learn from. Give at least one picture with its prompt.")
-    joint = joint or JointSettings()
     if joint.seg_mix and settings.mode == "none":
         raise UserError(
             "Seg-Mix cuts concepts out by their masks, and mode none has no masks. Expected seg_mix 0, or "
             "another mode."
         )
     concepts = merge_concepts(example.prompt for example in examples)
+    if visual is not None and not visual.gated and len(concepts) > 1:
+        raise UserError(
+            f"Without gates, as ViCo has none, a visual condition is of one concept. Got "
+            f"{', '.join(c.name for c in concepts)}. Mark one concept alone in the prompts."
+        )
     pictures = tuple(
         prepare_picture(host, example, settings.masks, settings.image_side, settings.flip)
         for example in examples
     )
-    return Problem(host, pictures, concepts, settings, joint)
+    return Problem(host, pictures, concepts, settings, joint, visual, known or {})
 
 
 def prepare_picture(

@@ -38,20 +38,22 @@ def initialise(problem: Problem) -> RunState:
             f"None of {', '.join(c.name for c in problem.concepts)} was found in the pictures. Give "
             "words that say what is to be seen, as in <rex:dog>, or paint masks and take mode given."
         )
-    return RunState(vectors, generator.get_state(), tuple(pictures))
+    phase = "em" if problem.has_em else "visual"
+    return RunState(vectors, generator.get_state(), tuple(pictures), phase=phase)
 
 
 def start_vectors(problem: Problem, generator: torch.Generator) -> ConceptVectors:
-    """Vectors from each concept's words, or from the settings' generic word where it has none."""
+    """Vectors of known concepts, else from their words, or from the settings' generic word where they
+    have none."""
     host, settings = problem.host, problem.settings
-    return own_copies(
-        {
-            c.name: host.initial_vectors(
-                c.words or settings.generic_word, settings.vectors, generator
-            )
-            for c in problem.concepts
-        }
-    )
+    started = {}
+    for c in problem.concepts:
+        if c.name in problem.known:
+            started[c.name] = {e: v.to(host.device) for e, v in problem.known[c.name].items()}
+        else:
+            words = c.words or settings.generic_word
+            started[c.name] = host.initial_vectors(words, settings.vectors, generator)
+    return own_copies(started)
 
 
 def alike_concepts(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -93,7 +95,7 @@ def first_masks(
     if settings.mode == "given":
         labels = given_masks(prepared).to(problem.host.device)
         return replace(blank, masks=labels.float(), labels=labels)
-    by_name = {c.name: c.words or settings.generic_word for c in problem.concepts}
+    by_name = problem.looks()
     alike = alike_concepts([by_name[name] for name in prepared.names])
     found = masks_of_vectors(
         problem.host, prepared, vectors, settings.masks, alike, generator, settings.generic_word
@@ -194,7 +196,7 @@ def like_the_first(problem: Problem, pictures: Sequence[PictureState]) -> list[P
     settings, after = problem.settings, list(pictures)
     if settings.mode not in ("em", "fixed"):
         return after
-    words = {c.name: c.words or settings.generic_word for c in problem.concepts}
+    words = problem.looks()
     names = list(words)
     for group in alike_concepts(list(words.values())):
         looks: dict[str, Tensor] = {}

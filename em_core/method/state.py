@@ -46,17 +46,18 @@ class PictureState:
 class RunState:
     """Everything that changes during a run.
 
-    A step returns a new state and leaves the old one as it was. The joint phase alone learns large
-    weights in place: there, `weights` and their moments are the model's own tensors, which the
-    next step changes.
+    A step returns a new state and leaves the old one as it was. The joint and the visual phase alone
+    learn large weights in place: there, `weights` and their moments are the model's own tensors, which
+    the next step changes.
 
     Attributes:
         vectors: concept -> encoder -> token vectors [n, d].
         generator: state of the one source of randomness.
         pictures: one per example.
-        weights: name -> parameters of the joint phase (LoRA factors or whole weights).
+        weights: name -> parameters of the joint phase (LoRA factors or whole weights) or of the visual
+            one (blocks of image attention).
         moments: of the vectors and weights; see :mod:`em_core.method.optimizer`.
-        phase, step: "em" or "joint", and how many steps of it are done.
+        phase, step: "em", "joint" or "visual", and how many steps of it are done.
         curves: what was measured at each step.
     """
 

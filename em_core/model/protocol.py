@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UserError
 from ..masks.resizing import Size
 from ..prompts import ConceptPrompt, ConceptVectors
 from ..settings import WeightKind
@@ -17,6 +18,7 @@ from .identity import ModelIdentity
 from .layers import AttentionLayer
 from .recording import AttentionRecorder
 from .schedules import NoiseSchedule
+from .visual import Act, Place
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,32 @@ class DiffusionModel(Protocol):
     def identity(self) -> ModelIdentity:
         """Identity of the base model."""
         ...
+
+
+@runtime_checkable
+class VisualModel(DiffusionModel, Protocol):
+    """A model in which image attention can act: one whose transformers read text block by block."""
+
+    def image_places(self, latent_size: Size) -> tuple[Place, ...]:
+        """ViCo's places for latents of this size, in the model's order."""
+        ...
+
+    def transformed(self, places: Sequence[Place], act: Act) -> AbstractContextManager[None]:
+        """Let `act` change what the text blocks at these places give while the context is open."""
+        ...
+
+
+def visual_model(host: DiffusionModel) -> VisualModel:
+    """The host as one in which image attention can act.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(host, VisualModel):
+        raise UserError(
+            "This model has no places for image attention. Expected Stable Diffusion 1.x, 2.x or SDXL."
+        )
+    return host
 
 
 def loss_scale(host: DiffusionModel) -> float:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -44,6 +44,7 @@ class ConceptSet:
         truth: digest of the true masks that the IoU curves compare with, "" if there were none.
     """
 
+    FILE: ClassVar[str] = ".concepts.safetensors"
     concepts: tuple[Concept, ...]
     vectors: Mapping[str, Mapping[str, Tensor]]
     identity: ModelIdentity
@@ -65,6 +66,11 @@ class ConceptSet:
         Raises:
             UserError: the folder cannot be written to, or the disk is full.
         """
+        tensors, plain = self.to_parts()
+        write_tensors(Path(path), tensors, KIND, plain)
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a file holds: tensors by name, and JSON values."""
         tensors = {
             f"vectors/{name}/{encoder}": v
             for name, by_encoder in self.vectors.items()
@@ -88,7 +94,7 @@ class ConceptSet:
             "curves": self.curves,
             "truth": self.truth,
         }
-        write_tensors(Path(path), tensors, KIND, plain)
+        return tensors, plain
 
     @classmethod
     def load(cls, path: Path | str) -> "ConceptSet":

@@ -10,7 +10,8 @@ from typing import Any
 from ..examples import Example
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt
-from ..settings import EMSettings, JointSettings, to_json
+from ..settings import EMSettings, JointSettings, VisualSettings, to_json
+from .concept_set import ConceptSet
 from .digest import Digest
 
 CORE = Path(__file__).parents[1]
@@ -19,7 +20,12 @@ IN_NODES = ("host", "learning")
 
 
 def run_key(
-    model: str, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
+    model: str,
+    examples: Sequence[Example],
+    settings: EMSettings,
+    joint: JointSettings,
+    visual: VisualSettings | None = None,
+    concepts: ConceptSet | None = None,
 ) -> str:
     """Return a hex digest of all that acts on a run.
 
@@ -29,7 +35,8 @@ def run_key(
     Args:
         model: digest of the model, such as :func:`model_digest` of its host.
         examples: pictures, prompts and masks.
-        settings, joint: settings of both phases.
+        settings, joint, visual: settings of the phases.
+        concepts: learned concepts that a visual condition starts from.
     """
     given = settings.mode == "given"
     inputs = [
@@ -40,9 +47,13 @@ def run_key(
         ]
         for example in examples
     ]
-    return (
-        Digest().add([pack_digest(), model, to_json(settings), to_json(joint), inputs]).hexdigest()
-    )
+    acting: list[Any] = [pack_digest(), model, to_json(settings), to_json(joint), inputs]
+    if visual is not None:
+        known = (
+            [] if concepts is None else [concepts.vectors, concepts.weights, concepts.lora_scale]
+        )
+        acting += [to_json(visual), known]
+    return Digest().add(acting).hexdigest()
 
 
 def prompt_parts(prompt: ConceptPrompt) -> list[Any]:

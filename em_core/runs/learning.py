@@ -1,8 +1,8 @@
 """Learn concepts from beginning to end: the library's main entry point."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from ..errors import StoreWarning, UserError
 from ..examples import Example
@@ -12,13 +12,13 @@ from ..method.start import initialise
 from ..method.state import RunState
 from ..model.protocol import DiffusionModel
 from ..presets import em_settings
-from ..settings import EMSettings, JointSettings
+from ..settings import EMSettings, JointSettings, VisualSettings
 from .concept_set import ConceptSet, conclude
 from .digest import Unreadable
 from .key import model_digest, run_key
 from .runner import Listener, run, steps
 from .state_file import StateFile
-from .store import RunStore
+from .store import Result, RunStore
 
 
 class Learning(Iterator[StepEvent]):
@@ -93,29 +93,68 @@ def learn_concepts(
     joint = joint or JointSettings()
     if store is not None and key is None:
         key = key_or_none(host, examples, settings, joint)
+    return carry_out(
+        lambda: prepare(host, examples, settings, joint),
+        conclude,
+        ConceptSet,
+        nullcontext,
+        examples=examples,
+        listeners=listeners,
+        store=store,
+        key=key,
+    )
+
+
+def carry_out(
+    make: Callable[[], Problem],
+    end: Callable[[Problem, RunState], Result],
+    kind: type[Result],
+    applied: Callable[[], AbstractContextManager[None]],
+    *,
+    examples: Sequence[Example],
+    listeners: Sequence[Listener],
+    store: RunStore | None,
+    key: str | None,
+) -> Result:
+    """Return the result of a finished run from the store, or run what is left of it and keep its result.
+
+    Args:
+        make: gives what the run works on.
+        end: gives the result that its last state holds, of the type `kind`.
+        applied: lets learned weights act in the model while the run goes on.
+        examples, listeners, store, key: as of :func:`learn_concepts`; without a key nothing is kept.
+    """
     if store is None or key is None:
-        problem = prepare(host, examples, settings, joint)
-        return conclude(problem, run(problem, initialise(problem), listeners))
-    found = store.finished(key, examples)
+        with applied():
+            problem = make()
+            state = run(problem, initialise(problem), listeners)
+        return end(problem, state)
+    found = store.finished(key, examples, kind)
     if found is not None:
         return found
     file = store.state(key, examples)
-    problem = prepare(host, examples, settings, joint)
     try:
-        state = run(problem, state_of(problem, file), listeners, file)
+        with applied():
+            problem = make()
+            state = run(problem, state_of(problem, file), listeners, file)
     finally:
         store.prune(keep=file.path)
-    concepts = conclude(problem, state)
-    store.keep(key, concepts)
-    return concepts
+    result = end(problem, state)
+    store.keep(key, result)
+    return result
 
 
 def key_or_none(
-    host: DiffusionModel, examples: Sequence[Example], settings: EMSettings, joint: JointSettings
+    host: DiffusionModel,
+    examples: Sequence[Example],
+    settings: EMSettings,
+    joint: JointSettings,
+    visual: VisualSettings | None = None,
+    concepts: ConceptSet | None = None,
 ) -> str | None:
     """Return a run's key, or warn and return None if something that acts on it cannot be read."""
     try:
-        return run_key(model_digest(host), examples, settings, joint)
+        return run_key(model_digest(host), examples, settings, joint, visual, concepts)
     except Unreadable as error:
         warnings.warn(
             f"This run is neither looked up nor kept in the store: the model holds {error}, which "

@@ -1,4 +1,4 @@
-"""Drive a run to its end: both phases, listeners, saving, and stopping on request."""
+"""Drive a run to its end: its phases, listeners, saving, and stopping on request."""
 
 import signal
 import time
@@ -13,6 +13,7 @@ from ..method.joint import learn_joint
 from ..method.loop import Step, StepEvent, learn
 from ..method.problem import Problem
 from ..method.state import RunState
+from ..method.visual import learn_visual
 from .state_file import StateFile
 
 Listener = Callable[[StepEvent, RunState], None]
@@ -60,17 +61,20 @@ class Saving:
 
 
 def steps(problem: Problem, start: RunState) -> Generator[Step, None, None]:
-    """Run what is left of both phases; yields each step's event and state."""
+    """Run what is left of all phases; yields each step's event and state."""
     state = start
     for event, after in learn(problem, start):
         state = after
         yield event, state
     yield from learn_joint(problem, state)
+    yield from learn_visual(problem, state)
 
 
 def finished(problem: Problem, state: RunState) -> bool:
     """Return whether nothing is left to do."""
-    joint = problem.joint
+    joint, visual = problem.joint, problem.visual
+    if visual is not None:
+        return state.phase == "visual" and state.step >= visual.steps
     if joint.kind == "none":
         return state.step >= problem.settings.steps
     return state.phase == "joint" and state.step >= joint.steps
@@ -83,10 +87,10 @@ def run(
     file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunState:
-    """Run what is left of both phases, or until `stop` returns True, and return the last state.
+    """Run what is left of all phases, or until `stop` returns True, and return the last state.
 
-    The state is saved to `file` every 20 seconds (less often if writing takes long), before the joint
-    phase, and when the run stops for whatever reason: each step happens completely or not at all. Where
+    The state is saved to `file` every 20 seconds (less often if writing takes long), before the phase after
+    the EM loop, and when the run stops for whatever reason: each step happens completely or not at all. Where
     it cannot be saved there is a StoreWarning.
 
     Raises:
@@ -99,9 +103,8 @@ def run(
                 listen(event, state)
             if stop():
                 break
-            ends = (
-                event.phase == "em" and event.step == event.steps and problem.joint.kind != "none"
-            )
+            another = problem.joint.kind != "none" or problem.visual is not None
+            ends = event.phase == "em" and event.step == event.steps and another
             if ends or saving.due():
                 saving.save(state)
     except KeyboardInterrupt:

@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import StoreWarning, UserError
 from ..examples import Example
 from .concept_set import ConceptSet
 from .state_file import StateFile
 from .truth import truth_digest
+from .visual_condition import VisualCondition
 
 MOST_BYTES = 2 * 2**30
 MOST_FILES = 64
-STATE, CONCEPTS = ".state.safetensors", ".concepts.safetensors"
+STATE = ".state.safetensors"
+Result = TypeVar("Result", ConceptSet, VisualCondition)
 ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -34,20 +37,25 @@ class RunStore:
         """Return the file in which the state of an unfinished run on these examples is kept."""
         return StateFile(self.folder / f"{key}{STATE}", key, truth_digest(examples))
 
-    def concepts_file(self, key: str) -> Path:
+    def result_file(self, key: str, kind: type[Any] = ConceptSet) -> Path:
         """Return the path at which the result of a finished run is kept."""
-        return self.folder / f"{key}{CONCEPTS}"
+        return self.folder / f"{key}{kind.FILE}"
 
-    def finished(self, key: str, examples: Sequence[Example] | None = None) -> ConceptSet | None:
+    def finished(
+        self,
+        key: str,
+        examples: Sequence[Example] | None = None,
+        kind: type[Result] = ConceptSet,  # type: ignore[assignment]
+    ) -> Result | None:
         """Return the result of a finished run, or None; a damaged file is deleted and counts as none.
 
         Its IoU is that with the true masks of `examples`, or of the run's own if there are none given.
         """
-        file = self.concepts_file(key)
+        file = self.result_file(key, kind)
         if not os.path.isfile(file):
             return None
         try:
-            found = ConceptSet.load(file)
+            found = kind.load(file)
         except UserError:
             with suppress(OSError):
                 file.unlink()
@@ -56,11 +64,11 @@ class RunStore:
             os.utime(file)
         return found if examples is None else found.compared(examples)
 
-    def keep(self, key: str, concepts: ConceptSet) -> None:
+    def keep(self, key: str, result: Result) -> None:
         """Store the result of a finished run and delete its state, or warn that this failed."""
-        file = self.concepts_file(key)
+        file = self.result_file(key, type(result))
         try:
-            concepts.save(file)
+            result.save(file)
             self.state(key).remove()
         except (UserError, OSError) as error:
             warnings.warn(

@@ -65,7 +65,7 @@ def filled(folder: Path, count: int) -> RunStore:
     store = RunStore(folder)
     for i in range(count):
         store.keep(str(i), a_concept_set())
-        os.utime(store.concepts_file(str(i)), (1000 + i, 1000 + i))
+        os.utime(store.result_file(str(i)), (1000 + i, 1000 + i))
     return store
 
 
@@ -85,12 +85,12 @@ def test_the_longest_unused_runs_go_first(tmp_path: Path, monkeypatch) -> None:
 def test_a_store_keeps_to_its_bytes(tmp_path: Path, monkeypatch) -> None:
     """As many files as fit; the one that was just written stays even where it alone is too large."""
     store = filled(tmp_path, 5)
-    size = store.concepts_file("0").stat().st_size
+    size = store.result_file("0").stat().st_size
     monkeypatch.setattr("em_core.runs.store.MOST_BYTES", 3 * size + 1)
-    store.prune(keep=store.concepts_file("0"))
+    store.prune(keep=store.result_file("0"))
     assert keys_in(tmp_path) == ["0", "3", "4"]
     monkeypatch.setattr("em_core.runs.store.MOST_BYTES", size - 1)
-    store.prune(keep=store.concepts_file("3"))
+    store.prune(keep=store.result_file("3"))
     assert keys_in(tmp_path) == ["3"]
 
 
@@ -115,7 +115,7 @@ def test_bounds_hold_where_a_file_cannot_be_deleted(tmp_path: Path, monkeypatch)
 
     monkeypatch.setattr(os, "unlink", locked)
     monkeypatch.setattr("em_core.runs.store.MOST_FILES", 3)
-    store.prune(keep=store.concepts_file("4"))
+    store.prune(keep=store.result_file("4"))
     assert keys_in(tmp_path) == ["0", "3", "4"]
 
 
@@ -128,7 +128,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, monkeypat
     day = old.stat().st_mtime - 25 * 3600
     os.utime(old, (day, day))
     monkeypatch.setattr("em_core.runs.store.MOST_FILES", 1)
-    store.prune(keep=store.concepts_file("1"))
+    store.prune(keep=store.result_file("1"))
     assert {f.name for f in tmp_path.iterdir()} == {fresh.name, "1.concepts.safetensors"}
 
 
@@ -182,7 +182,7 @@ def test_a_store_that_is_no_folder(
 def test_a_store_on_a_disk_that_has_become_read_only(tmp_path: Path, monkeypatch) -> None:
     """What is in it is found; a damaged file counts as none though it cannot be deleted."""
     store = filled(tmp_path, 2)
-    store.concepts_file("1").write_bytes(b"damaged")
+    store.result_file("1").write_bytes(b"damaged")
     for name in ("utime", "unlink", "replace", "mkdir"):
         monkeypatch.setattr(os, name, read_only)
     monkeypatch.setattr("em_core.files.save_file", read_only)
@@ -283,13 +283,13 @@ def test_no_file_is_in_use_after_reading(tmp_path: Path, monkeypatch) -> None:
     write_tensors(state, {"a": torch.ones(5000)}, "kind 1", {})
     with windows_locks(monkeypatch):
         held, read = store.finished("0"), read_tensors(state, "kind 1")
-        assert held is not None and not in_use(store.concepts_file("0")) and not in_use(state)
+        assert held is not None and not in_use(store.result_file("0")) and not in_use(state)
         store.keep("0", held)
         write_tensors(state, {"a": torch.zeros(5000)}, "kind 1", {})
         assert bool(read[0]["a"].all()) and not differences(held, a_concept_set())
         kept = [store.finished(str(i)) for i in range(3)]
         monkeypatch.setattr("em_core.runs.store.MOST_FILES", 1)
-        store.prune(keep=store.concepts_file("2"))
+        store.prune(keep=store.result_file("2"))
         assert keys_in(tmp_path) == ["2"] and all(kept)
         state.unlink(missing_ok=True)
 
