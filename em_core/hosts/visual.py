@@ -53,7 +53,7 @@ def looking(host: Any, use: VisualUse | None, encoded: Conditioning, count: int)
         nonlocal inside
         if inside:
             return
-        x, t = args[0], torch.as_tensor(args[1]).flatten()[0].to(host.device)
+        x, t = args[0], torch.as_tensor(args[1]).flatten()[0].to(host.device).float()
         if not use.acts_at(float(t), last):
             viewer.chunks = ()
             return
