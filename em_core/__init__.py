@@ -16,6 +16,9 @@
   learning anything; `discover(host, picture)` finds what is there without a word, and the prompt to
   learn it with; `refine_masks(picture, masks)` makes masks follow the picture's edges.
   `read_picture(path)` and `read_mask(path)` read files as these take them.
+- `learn_visual(host, examples)` also learns to look at the pictures while drawing (ViCo), for details that
+  a word cannot carry; `host.generate(prompt, condition=condition)` draws with it, and
+  `with_reference(host, condition, picture)` lets it look at another picture.
 - `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
   (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
   source of every value.
@@ -33,13 +36,15 @@ from .masks.crf import CRFSettings
 from .masks.settings import MaskSettings
 from .method.loop import StepEvent
 from .pictures import read_mask, read_picture
-from .presets import em_settings, joint_settings
+from .presets import em_settings, joint_settings, vico, visual_settings
 from .prompts import ConceptPrompt
 from .runs.concept_set import ConceptSet
 from .runs.finding import FoundMasks, discover, find_masks, refine_masks
 from .runs.learning import Learning, learn_concepts, learning
 from .runs.store import RunStore
-from .settings import EMSettings, JointSettings
+from .runs.visual import learn_visual, with_reference
+from .runs.visual_condition import VisualCondition
+from .settings import EMSettings, JointSettings, VisualSettings
 
 __all__ = [
     "CRFSettings",
@@ -57,13 +62,19 @@ __all__ = [
     "StoreWarning",
     "TrainingError",
     "UserError",
+    "VisualCondition",
+    "VisualSettings",
     "discover",
     "em_settings",
     "find_masks",
     "joint_settings",
     "learn_concepts",
+    "learn_visual",
     "learning",
     "read_mask",
     "read_picture",
     "refine_masks",
+    "vico",
+    "visual_settings",
+    "with_reference",
 ]

@@ -185,7 +185,11 @@ class Progress:
         """Start the bar for a phase."""
         self.close()
         self.phase = event.phase
-        titles = {"em": "learning tokens and masks", "joint": "learning tokens and weights"}
+        titles = {
+            "em": "learning tokens and masks",
+            "joint": "learning tokens and weights",
+            "visual": "learning to look at pictures",
+        }
         if self.new_bar is not None:
             self.bar = self.new_bar(total=event.steps, desc=titles[event.phase], unit="step")
 

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors import UserError
 from ..pictures import save_image, to_image
 from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
+from ..runs.visual_condition import VisualCondition
 from ..show.drawing import sheet
 from .common import add_model, load_host, positive, require_folder
+from .visual import add_drawing_options, condition_of
 
 EXAMPLE = """example:
   python -m em_core generate --concepts output/learned/concepts.safetensors \\
@@ -26,7 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--concepts", type=Path, required=True, help="a concepts.safetensors file")
+    parser.add_argument(
+        "--concepts", type=Path, help="a concepts.safetensors file (default: those of --condition)"
+    )
+    add_drawing_options(parser)
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument(
@@ -58,15 +64,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Write one PNG per picture, and grid.png."""
-    concepts = ConceptSet.load(args.concepts)
+    if args.concepts is None and args.condition is None:
+        raise UserError(
+            "Nothing to draw. Give --concepts, a file of learned concepts, or --condition."
+        )
+    condition = VisualCondition.load(args.condition) if args.condition else None
+    concepts = ConceptSet.load(args.concepts) if condition is None or args.concepts else None
     prompts = [ConceptPrompt.parse(text) for text in args.prompt]
     host = load_host(args.model, args.device, args.dtype)
-    concepts.require_fit(host.identity(), any_weights=args.any_weights)
+    for learned in (concepts, condition and condition.concepts):
+        if learned:
+            learned.require_fit(host.identity(), any_weights=args.any_weights)
     require_folder(args.out)
+    condition, seen = condition_of(args, condition, host), (args.strength, tuple(args.span))
     seeds = range(args.seed, args.seed + args.count)
     pages: list[Sequence[Image.Image]] = []
     for prompt in prompts:
-        pictures = host.generate(prompt, concepts, seeds, args.steps, args.guidance)
+        pictures = host.generate(
+            prompt, concepts, seeds, args.steps, args.guidance, None, condition, *seen
+        )
         pages.append([to_image(picture) for picture in pictures])
     for number, images in enumerate(pages, start=1):
         for seed, image in zip(seeds, images, strict=True):

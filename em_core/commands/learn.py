@@ -1,36 +1,29 @@
 """`python -m em_core learn`: learn concepts and masks from pictures."""
 
 import argparse
-import secrets
 import sys
-import tempfile
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
 from ..examples import Example
-from ..files import write_json
 from ..hosts.loading import AUTO
-from ..masks.resizing import cut, resize
-from ..method.problem import Problem, prepare
+from ..method.problem import prepare
 from ..method.start import initialise
-from ..method.state import RunState
-from ..pictures import read_picture, save_mask
+from ..pictures import read_picture
 from ..presets import em_settings, joint_settings, literal
-from ..runs.concept_set import ConceptSet, conclude
 from ..runs.finding import discover
 from ..runs.key import model_digest, run_key
 from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
 from ..runs.truth import truth_digest
 from ..settings import EMSettings, JointSettings, Mode
-from ..show.metrics import metrics
-from ..show.plots import plot_curves
 from .common import Progress, add_model, load_host, read_examples, require_folder
+from .results import CONCEPTS, write_results
+from .visual import add_learning_options, concepts_of, visual_of
 
-STATE, CONCEPTS = "state.safetensors", "concepts.safetensors"
+STATE = "state.safetensors"
 DISCOVER = "discover"
 EXAMPLE = """example:
   python -m em_core scene --seed 3 --out output/scene
@@ -58,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     add_em_options(parser)
     add_joint_options(parser)
+    add_learning_options(parser)
     parser.add_argument(
         "--resume", action="store_true", help="continue the run that was stopped in --out"
     )
@@ -199,12 +193,15 @@ def run_command(args: argparse.Namespace) -> int:
     em, joint = settings_of(args, host.identity().family)
     if args.mode == DISCOVER:
         examples = [Example(picture, discover(host, picture, em, args.seed)[0])]
-    key = run_key(model_digest(host), examples, em, joint)
+    em, visual = visual_of(args, em, host.identity().family)
+    known = concepts_of(args, host)
+    key = run_key(model_digest(host), examples, em, joint, visual, known)
     file = StateFile(state_file, key, truth_digest(examples))
-    problem = prepare(host, examples, em, joint)
+    problem = prepare(host, examples, em, joint, visual, known.vectors if known else None)
     started = time.monotonic()
     progress = Progress(args.quiet)
-    with stop_on_signal() as stop:
+    weights = (known.weights, known.lora_scale) if known else ({}, 1.0)
+    with stop_on_signal() as stop, host.applied(*weights):
         state = file.load(host.device) if args.resume else initialise(problem)
         file.save(state)
         state = run(problem, state, [progress], file, stop)
@@ -215,7 +212,7 @@ def run_command(args: argparse.Namespace) -> int:
             way = f"This step could not be saved in {args.out}; --resume continues from the last one that was."
         sys.stderr.write(f"Stopped at step {state.step}. {way}\n")
         return 130
-    write_results(problem, state, args.out, time.monotonic() - started)
+    write_results(problem, state, args.out, time.monotonic() - started, known)
     file.remove()
     return 0
 
@@ -226,6 +223,8 @@ def require_inputs(args: argparse.Namespace) -> None:
     Raises:
         UserError: masks or prompts are missing, or there are some that nothing would come of.
     """
+    if args.concepts is not None and args.visual is None:
+        raise UserError("--concepts is where a visual condition starts from. Add --visual.")
     if args.mode == "given" and not args.masks:
         raise UserError(
             "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
@@ -272,52 +271,3 @@ def require_no_concepts(file: Path) -> None:
             f"{file.parent} holds the concepts of a finished run. Choose another folder with --out, or "
             "replace them with --overwrite."
         )
-
-
-def write_results(problem: Problem, state: RunState, out: Path, seconds: float) -> None:
-    """Write concepts.safetensors, mask_<concept>.png, curves.png and metrics.json.
-
-    Raises:
-        UserError: a file cannot be written; the message says where the concepts are.
-    """
-    save_somewhere(conclude(problem, state), out / CONCEPTS)
-    if problem.settings.mode != "none":
-        write_masks(problem, state, out)
-    plot_curves(state.curves, out / "curves.png")
-    write_json(out / "metrics.json", metrics(problem, state, seconds))
-
-
-def save_somewhere(concepts: ConceptSet, file: Path) -> None:
-    """Save learned concepts, where possible in the file asked for.
-
-    Raises:
-        UserError: they could not be saved there; the message says where they are instead.
-    """
-    try:
-        concepts.save(file)
-    except UserError as error:
-        other = saved_aside(concepts, f"concepts-{secrets.token_hex(4)}{file.suffix}")
-        where = f" Nothing is lost: the concepts are in {other}." if other else ""
-        raise UserError(f"{error}{where}") from error
-
-
-def saved_aside(concepts: ConceptSet, name: str) -> Path | None:
-    """Save the concepts in the system's folder for temporary files or the user's own, if one takes them."""
-    for folder in (Path(tempfile.gettempdir()), Path.home()):
-        with suppress(UserError):
-            concepts.save(folder / name)
-            return folder / name
-    return None
-
-
-def write_masks(problem: Problem, state: RunState, out: Path) -> None:
-    """Write the masks at their pictures' own size; with several pictures, a number follows the name."""
-    several = len(problem.pictures) > 1
-    for number, (prepared, picture) in enumerate(
-        zip(problem.pictures, state.pictures, strict=True), start=1
-    ):
-        height, width = prepared.example.picture.shape[-2:]
-        masks = cut(resize(picture.labels.float(), (height, width), "mask"))
-        for name, mask in zip(prepared.names, masks, strict=True):
-            file = f"mask_{name}_{number}.png" if several else f"mask_{name}.png"
-            save_mask(out / file, mask)

@@ -30,7 +30,9 @@ def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]
     """
     curves = state.curves
     found = curves_of(curves, "loss")
-    joint = curves_of(curves, "joint_loss")
+    for kind in ("joint", "visual"):
+        named = curves_of(curves, f"{kind}_loss")
+        found |= {f"{kind}_{name}": points for name, points in named.items()}
     return {
         "mode": problem.settings.mode,
         "seed": problem.settings.seed,
@@ -40,5 +42,5 @@ def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]
         "final_iou": final_iou(curves),
         "area": curves_of(curves, "area"),
         "missing": not_found(problem, state),
-        "losses": found | {f"joint_{name}": points for name, points in joint.items()},
+        "losses": found,
     }

@@ -17,6 +17,7 @@ PANELS = (
     ("area", "mask area (share of the picture)"),
     ("loss", "loss"),
     ("joint_loss", "joint loss"),
+    ("visual_loss", "loss of the visual condition"),
 )
 SHARES = ("iou", "area")
 SMOOTHING = 15
