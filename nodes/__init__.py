@@ -14,6 +14,8 @@ from .learn import LearnConcepts
 from .masks import CompareMasks, RefineCRF
 from .notices import listen
 from .training import MaskTrainingConditioning
+from .visual import ApplyVisualCondition, LearnVisualCondition
+from .visual_files import LoadVisualCondition, SaveVisualCondition
 
 NODES: list[type[io.ComfyNode]] = [
     ConceptExample,
@@ -25,6 +27,10 @@ NODES: list[type[io.ComfyNode]] = [
     SaveConcepts,
     LoadConcepts,
     EvaluateConcepts,
+    LearnVisualCondition,
+    ApplyVisualCondition,
+    SaveVisualCondition,
+    LoadVisualCondition,
     LoadDemoModel,
     DemoScene,
     CompareMasks,

@@ -25,7 +25,7 @@ def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tenso
 
 def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
     """Return the total loss of every step, as ComfyUI's own loss graph takes it."""
-    names = ("loss/total", "joint_loss/total")
+    names = ("loss/total", "joint_loss/total", "visual_loss/total")
     return {"loss": [value for name in names for _, value in concepts.curves.get(name, [])]}
 
 

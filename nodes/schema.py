@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 CATEGORY = "concepts"
 Concepts = io.Custom("VISUAL_CONCEPTS")
+Condition = io.Custom("VISUAL_CONDITION")
 Examples = io.Custom("CONCEPT_EXAMPLES")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")

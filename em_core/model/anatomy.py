@@ -113,6 +113,21 @@ class Spending:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a step of the visual phase has besides.
+
+    Attributes:
+        concepts: that have blocks.
+        tokens: whether the tokens learn too.
+        joined: whether the gradient passes through the references' own way.
+    """
+
+    concepts: int = 1
+    tokens: bool = False
+    joined: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """What a step works on.
 
@@ -125,6 +140,7 @@ class Job:
         concepts: in the prompt.
         rank: of the LoRA.
         masks: whether the loss looks at attention maps.
+        sight: of the visual phase; None where there is none.
     """
 
     height: int
@@ -136,6 +152,7 @@ class Job:
     concepts: int = 2
     rank: int = 4
     masks: bool = True
+    sight: Sight | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from ..masks.resizing import Size
 from ..masks.thresholds import otsu_of_tenths
 from .columns import column_probabilities, select_columns
 from .image_attention import Attend, attend, image_attention
-from .visual import Place, blocks_of, gates, keys_under, require_places
+from .visual import Blocks, Place, blocks_of, gates, keys_under, require_places
 
 CACHE_BYTES = 2**30
 Columns = Mapping[str, tuple[int, ...]]
@@ -134,7 +134,7 @@ class SeenCache:
 
 
 class Viewer:
-    """Lets a visual condition act in a UNet's passes.
+    """Lets a visual condition act in a UNet's passes; several may act in one.
 
     Attributes:
         use: the condition.
@@ -142,6 +142,8 @@ class Viewer:
         chunks: what each of the equal parts of the next pass's batch has seen; None sees nothing.
         acted: names of the places that have acted in this pass.
     """
+
+    looker: ClassVar["Viewer | None"] = None  # whose references go through the UNet just now
 
     def __init__(
         self,
@@ -153,11 +155,16 @@ class Viewer:
         self.use, self.modules, self.places_at, self.attention = use, modules, places_at, attention
         self.places = {place.name: place for place in places_at((64, 64))}
         require_places(use.values, list(self.places.values()))
-        self.blocks = blocks_of(use.values, list(self.places.values()))
+        self.values: dict[str, Tensor] = {}
+        self.blocks: Blocks = {}
         self.chunks: tuple[Seen | None, ...] = ()
         self.acted: set[str] = set()
         self.queries: dict[str, Tensor] = {}
-        self.looking: dict[str, dict[str, Tensor]] | None = None
+        self.caught: dict[str, dict[str, Tensor]] = {}
+
+    def release(self) -> None:
+        """Let go of what lies on the device."""
+        self.values, self.blocks, self.queries, self.chunks = {}, {}, {}, ()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -176,16 +183,15 @@ class Viewer:
                 handle.remove()
 
     def on(self, name: str, what: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.looking is not None:
-            self.looking.setdefault(name, {})[what] = output
-        elif what == "q" and self.chunks:
+        if Viewer.looker is self:
+            self.caught.setdefault(name, {})[what] = output
+        elif what == "q" and self.chunks and Viewer.looker is None:
             self.queries[name] = output
 
     def on_output(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if self.looking is not None:
-            self.looking[name]["x"] = output
-            return output
-        return self.act(name, output) if self.chunks else output
+        if Viewer.looker is self:
+            self.caught[name]["x"] = output
+        return self.act(name, output) if self.chunks and Viewer.looker is None else output
 
     @torch.no_grad()
     def look(self, run: Callable[[Tensor], Any], columns: Columns, length: int) -> Seen:
@@ -203,12 +209,11 @@ class Viewer:
             names = [name for name in columns if name in reference.masks]
             if not names:
                 continue
-            self.looking = {}
+            Viewer.looker, self.caught = self, {}
             try:
                 run(reference.latent[None])
-                caught = self.looking
             finally:
-                self.looking = None
+                Viewer.looker, caught, self.caught = None, self.caught, {}
             size = (reference.latent.shape[-2], reference.latent.shape[-1])
             for place in self.places_at(size):
                 of_place, keys[place.name] = caught[place.name], caught[place.name]["k"]
@@ -240,6 +245,7 @@ class Viewer:
     def act(self, name: str, x: Float[Tensor, "B n c"]) -> Float[Tensor, "B n c"]:
         """The features with what the blocks add, part by part of the batch."""
         self.acted.add(name)
+        self.move_blocks(x)
         q, rows, done, out = self.queries.pop(name), len(x) // len(self.chunks), 0, []
         for _, same in groupby(self.chunks, id):
             chunks = list(same)
@@ -249,6 +255,13 @@ class Viewer:
             changed = x[part] if seen is None else self.changed(name, x[part], q[part], seen)
             out.append(changed)
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def move_blocks(self, x: Tensor) -> None:
+        """Bring the blocks to where the features are, in their type."""
+        there = next(iter(self.values.values()), None)
+        if there is None or (there.device, there.dtype) != (x.device, x.dtype):
+            self.values = {name: value.to(x) for name, value in self.use.values.items()}
+            self.blocks = blocks_of(self.values, list(self.places.values()))
 
     def changed(self, name: str, x: Tensor, q: Tensor, seen: Seen) -> Tensor:
         """Some samples' features with what the blocks of all concepts in the prompt add."""

@@ -24,10 +24,11 @@ from ...em_core.model.protocol import Conditioning, TextStream
 from ...em_core.model.recording import AttentionRecorder
 from ...em_core.model.schedules import NoiseSchedule
 from ...em_core.model.vectors import TableStatistics
+from ...em_core.model.visual import Act, Place, image_places, transformed
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from ...em_core.settings import WeightKind
 from .attention import SELF, attention_layers, block_levels, record_attention
-from .copies import private_copies
+from .copies import private_copies, unload
 from .embeddings import require_embeddings, start_of_embedding
 from .families import GraphModels, noise_schedule, wrong_vae
 from .layers import adaptable_layers, crossing_weights, named_weights, taking_part
@@ -105,6 +106,12 @@ class ComfyHost:
 
     def self_attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size, SELF)
+
+    def image_places(self, latent_size: Size) -> tuple[Place, ...]:
+        return image_places(self.attention_layers(latent_size), self.unet)
+
+    def transformed(self, places: Sequence[Place], act: Act) -> AbstractContextManager[None]:
+        return transformed(self.unet, places, act)
 
     def load(self) -> None:
         """Bring MODEL and CLIP onto the device together, so that neither evicts the other."""
@@ -353,6 +360,9 @@ class ComfyHost:
             yield
         finally:
             self.model.cleanup()
+            if self.learning:  # the copies' weights must be their own again
+                unload(self.model)
+                unload(self.clip.patcher)
             self.model, self.clip = own
             self.loaded = False
 

@@ -24,7 +24,7 @@ from ...em_core.masks.resizing import Size, resize
 from ...em_core.prompts import ConceptVectors
 from .attention import CROSS, attention_modules
 from .encodings import Columns, Encodings
-from .text import find_columns
+from .noting import noting_clip
 
 NOTE = "concept_columns"
 SIZE = "concept_latent_size"
@@ -118,41 +118,13 @@ def refused(what: str) -> UserError:
 def laid_out(model: Any, clip: Any, vectors: ConceptVectors, masks: Mapping[str, Tensor]) -> Any:
     """Return a MODEL and a CLIP with which each concept acts only inside its mask."""
     layout = Layout(dict(masks))
-    return laid_out_model(model, layout), noting_clip(clip, vectors, layout)
 
+    def mark(plain: dict[str, Any], columns: Columns) -> None:
+        noted = {layout.key: CONDNote(Note(columns))}
+        plain["model_conds"] = {**plain.get("model_conds", {}), **noted}
 
-def noting_clip(clip: Any, vectors: ConceptVectors, layout: Layout) -> Any:
-    """Return a CLIP that remembers where the concepts stand in what it encodes."""
-
-    def columns_in(clip: Any, tokens: Any) -> Mapping[str, tuple[int, ...]]:
-        return find_columns(tokens, clip.tokenizer, vectors)[0]
-
-    class NotingClip(type(clip)):  # type: ignore[misc]
-        def clone(self, *args: Any, **kwargs: Any) -> Any:
-            twin = super().clone(*args, **kwargs)
-            twin.__class__ = type(self)
-            return twin
-
-        def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            encoded = super().encode_from_tokens(tokens, *args, **kwargs)
-            text = encoded["cond"] if isinstance(encoded, dict) else encoded
-            layout.memory.encodings.add(
-                text[0] if isinstance(text, tuple) else text, columns_in(self, tokens)
-            )
-            return encoded
-
-        def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            encoded = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
-            for text, plain in encoded:
-                columns = layout.memory.encodings.add(text, columns_in(self, tokens))
-                # For nodes that change the text's values afterwards.
-                noted = {layout.key: CONDNote(Note(columns))}
-                plain["model_conds"] = {**plain.get("model_conds", {}), **noted}
-            return encoded
-
-    noting = clip.clone()
-    noting.__class__ = NotingClip
-    return noting
+    clip = noting_clip(clip, vectors, lambda: layout.memory.encodings, mark)
+    return laid_out_model(model, layout), clip
 
 
 def laid_out_model(model: Any, layout: Layout) -> Any:

@@ -3,9 +3,11 @@
 import gc
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import comfy.model_management as mm
 import folder_paths
@@ -19,25 +21,38 @@ from ...em_core.runs.digest import Unreadable
 from ...em_core.runs.key import run_key
 from ...em_core.runs.learning import learn_concepts
 from ...em_core.runs.store import RunStore
-from ...em_core.settings import EMSettings, JointSettings
+from ...em_core.runs.visual import learn_visual
+from ...em_core.runs.visual_condition import VisualCondition
+from ...em_core.settings import EMSettings, JointSettings, VisualSettings
 from ..host.anatomy import anatomy
 from ..host.checkpointing import checkpointing
 from ..host.comfy_host import learning_host
 from ..host.families import GraphModels
 from ..host.identity import models_digest
-from .plans import Attempt, Device, attempts, choose, first_that_fits, job_of, smaller
+from .plans import (
+    Attempt,
+    Device,
+    attempts,
+    choose,
+    first_that_fits,
+    job_of,
+    smaller,
+    visual_job,
+)
 from .progress import NodeProgress
 
 
 @dataclass(frozen=True)
 class Request:
-    """What LearnConcepts was asked to do.
+    """What LearnConcepts or LearnVisualCondition was asked to do.
 
     Attributes:
         models: of the graph.
         examples: to learn from.
-        em, joint: settings of both phases.
+        em, joint: settings of the EM loop and of the joint phase.
         memory: name of a memory plan, or "auto".
+        visual: settings of the visual phase, if a condition is to be learned.
+        concepts: learned concepts that it starts from.
     """
 
     models: GraphModels
@@ -45,6 +60,20 @@ class Request:
     em: EMSettings
     joint: JointSettings
     memory: str
+    visual: VisualSettings | None = None
+    concepts: ConceptSet | None = None
+
+    @property
+    def kind(self) -> type[Any]:
+        """Type of the result."""
+        return ConceptSet if self.visual is None else VisualCondition
+
+    @property
+    def has_em(self) -> bool:
+        """Whether the run begins with the EM loop."""
+        known = self.concepts.names if self.concepts else ()
+        new = concepts_in(self.examples) - set(known)
+        return self.visual is None or (self.visual.after_em and bool(new))
 
 
 def run_store() -> RunStore:
@@ -52,8 +81,8 @@ def run_store() -> RunStore:
     return RunStore(Path(folder_paths.get_user_directory()) / "visual_concepts" / "runs")
 
 
-def fulfil(request: Request) -> ConceptSet:
-    """Return the concepts of a finished run with the same inputs, or learn them.
+def fulfil(request: Request) -> Any:
+    """Return the concepts, or the visual condition, of a finished run with the same inputs, or learn them.
 
     A run's key has the plan that was asked for, not the one that was free memory's choice.
 
@@ -64,7 +93,7 @@ def fulfil(request: Request) -> ConceptSet:
     device = Device.of(request.models.model)
     plans = choose(request.memory, request.joint, device)
     store, key = run_store(), key_or_none(request)
-    found = None if key is None else store.finished(key, request.examples)
+    found = None if key is None else store.finished(key, request.examples, request.kind)
     if found is not None:
         names = ", ".join(found.names)
         warnings.warn(
@@ -75,6 +104,8 @@ def fulfil(request: Request) -> ConceptSet:
         return found
     body = anatomy(request.models)
     job = job_of(request.models, body, request.examples, request.em, request.joint)
+    if request.visual is not None:
+        job = visual_job(job, body, request.visual, len(concepts_in(request.examples)))
     tries = list(attempts(plans, device, body, job))
     if key is not None:
         return train_within_memory(request, tries, key, store)
@@ -95,12 +126,16 @@ def key_or_none(request: Request) -> str | None:
             stacklevel=2,
         )
         return None
-    return run_key(f"{request.memory} {models}", request.examples, request.em, request.joint)
+    settings = request.em, request.joint, request.visual
+    return run_key(f"{request.memory} {models}", request.examples, *settings, request.concepts)
 
 
-def train_within_memory(
-    request: Request, tries: list[Attempt], key: str, store: RunStore
-) -> ConceptSet:
+def concepts_in(examples: Sequence[Example]) -> set[str]:
+    """Return the names of all concepts that the examples mark."""
+    return {name for example in examples for name in example.prompt.names}
+
+
+def train_within_memory(request: Request, tries: list[Attempt], key: str, store: RunStore) -> Any:
     """Train with the first attempt that fits what is free and, if memory runs out all the same, go on
     from the last step with the next smaller one.
 
@@ -149,26 +184,38 @@ def free_memory(request: Request) -> float:
 def announce(request: Request, attempt: Attempt) -> None:
     """Say on the node what was chosen, what it needs, and what else follows from it."""
     free, need = free_memory(request), attempt.need.device
-    what = f"{FAMILIES.get(request.models.family, 'model')}, {KINDS[request.joint.kind]}"
+    learned = KINDS[request.joint.kind] if request.visual is None else "visual condition"
+    what = f"{FAMILIES.get(request.models.family, 'model')}, {learned}"
     text = f"{describe(what, need, free)} (memory plan {attempt.plan.name})."
-    if attempt.batch < request.em.batch:
-        text += f" Samples per step: {attempt.batch} instead of {request.em.batch}."
+    wanted = request.em.batch if request.visual is None else request.visual.batch
+    if attempt.batch < wanted:
+        text += f" Samples per step: {attempt.batch} instead of {wanted}."
     if need > free:
         text += " This may not suffice; a smaller resolution needs less."
     warnings.warn(text, MemoryNotice, stacklevel=2)
 
 
-def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> ConceptSet:
+def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:
     """Learn on private copies of the weights."""
     models, joint = request.models, request.joint
     # Half precision is too coarse to learn the text encoders' own weights, which only this kind does.
     clip_dtype = torch.float32 if joint.kind == "full" else None
-    em = replace(request.em, batch=attempt.batch)
-    progress = NodeProgress(request.examples[0].picture, em, joint)
+    em, visual = request.em, request.visual
+    if visual is None:
+        em = replace(em, batch=attempt.batch)
+    else:
+        em = replace(em, batch=min(em.batch, attempt.batch))
+        visual = replace(visual, batch=min(visual.batch, attempt.batch))
+    progress = NodeProgress(request.examples[0].picture, em, joint, visual, request.has_em)
     with learning_host(models, attempt.dtype, clip_dtype, attempt.storage) as host:
         host.loss_scale, host.passes_at_once = attempt.loss_scale, attempt.need.passes
         host.memory_required = attempt.need.trained + attempt.need.step
         with checkpointing(host.unet, attempt.plan.recompute):
+            if visual is not None:
+                return learn_visual(
+                    host, request.examples, em, visual, request.concepts,
+                    listeners=[progress], store=store, key=key,
+                )  # fmt: skip
             return learn_concepts(
                 host, request.examples, em, joint, listeners=[progress], store=store, key=key
             )

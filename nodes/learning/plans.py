@@ -9,9 +9,9 @@ import torch
 
 from ...em_core.errors import UserError
 from ...em_core.examples import Example, fitted_size
-from ...em_core.model.anatomy import Anatomy, Job, Need, Spending
-from ...em_core.model.memory import needs
-from ...em_core.settings import EMSettings, JointSettings
+from ...em_core.model.anatomy import Anatomy, Job, Need, Sight, Spending
+from ...em_core.model.visual_memory import needs_of
+from ...em_core.settings import EMSettings, JointSettings, VisualSettings
 from ..host.families import GraphModels
 
 WHOLE = ("cross_attention", "full")
@@ -150,7 +150,7 @@ def attempt(plan: Plan, device: Device, anatomy: Anatomy, job: Job) -> Attempt:
     dtype = device.half if plan.half and device.half is not None else torch.float32
     storage = FP8 if plan.fp8 else None
     spending = Spending(dtype.itemsize, (storage or dtype).itemsize, plan.recompute)
-    return Attempt(plan, dtype, storage, job.batch, needs(anatomy, spending, job))
+    return Attempt(plan, dtype, storage, job.batch, needs_of(anatomy, spending, job))
 
 
 def job_of(
@@ -177,6 +177,13 @@ def job_of(
         rank=joint.rank,
         masks=em.mode != "none" and em.has_attention_terms,
     )
+
+
+def visual_job(job: Job, anatomy: Anatomy, visual: VisualSettings, concepts: int) -> Job:
+    """Return the largest step of a run that learns a visual condition."""
+    tokens = visual.token_learning_rate is not None
+    sight = Sight(concepts, tokens, tokens and visual.reference_gradient)
+    return replace(job, batch=visual.batch, texts=min(job.texts, visual.batch), sight=sight)
 
 
 def first_that_fits(tries: list[Attempt], free: float) -> int:

@@ -15,7 +15,7 @@ from ...em_core.masks.resizing import Size, resize
 from ...em_core.method.loop import StepEvent
 from ...em_core.method.state import RunState
 from ...em_core.pictures import Picture
-from ...em_core.settings import EMSettings, JointSettings
+from ...em_core.settings import EMSettings, JointSettings, VisualSettings
 from ...em_core.show.drawing import overlay
 from ...em_core.show.words import say_missing
 
@@ -31,12 +31,15 @@ class NodeProgress:
 
     Attributes:
         picture: the first example's picture.
-        em, joint: the run's settings.
+        em, joint, visual: the run's settings.
+        has_em: whether it begins with the EM loop.
     """
 
     picture: Picture
     em: EMSettings
     joint: JointSettings
+    visual: VisualSettings | None = None
+    has_em: bool = True
     shown: float = 0.0
     took: float = 0.0
     small: Picture | None = None
@@ -44,7 +47,9 @@ class NodeProgress:
     bar: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = self.em.steps + (self.joint.steps if self.joint.kind != "none" else 0)
+        after = self.joint.steps if self.joint.kind != "none" else 0
+        self.before = self.em.steps if self.has_em else 0
+        self.total = self.before + (after if self.visual is None else self.visual.steps)
         self.bar = comfy.utils.ProgressBar(self.total)
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
@@ -55,7 +60,7 @@ class NodeProgress:
         if event.masks and missing != self.said:
             self.said = missing
             warnings.warn(missing or "All concepts are found now.", Notice, stacklevel=2)
-        done = event.step + (self.em.steps if event.phase == "joint" else 0)
+        done = event.step + (self.before if event.phase in ("joint", "visual") else 0)
         self.bar.update_absolute(done, self.total, self.preview(state))
         mm.throw_exception_if_processing_interrupted()
 

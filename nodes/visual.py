@@ -1,0 +1,334 @@
+"""The nodes of the visual condition: learn it, and let it act."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from warnings import warn
+
+from comfy_api.latest import io
+
+from ..em_core.errors import Notice, UserError
+from ..em_core.examples import Example
+from ..em_core.masks.resizing import cut, resize
+from ..em_core.presets import em_settings, vico, visual_settings
+from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.runs.visual import with_reference
+from ..em_core.runs.visual_condition import VisualCondition
+from ..em_core.settings import EMSettings, JointSettings, VisualSettings
+from .host.comfy_host import ComfyHost
+from .host.families import identify
+from .host.visual import apply_visual
+from .learn import changed, count, number
+from .learning.flow import Request, fulfil
+from .learning.plans import CHOICES
+from .pictures import masks_of, pictures_of
+from .results import curves_image, loss_map, mask_stack
+from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, schema
+from .telling import told_on_node
+
+
+class LearnVisualCondition(io.ComfyNode):
+    """Learn image attention that looks at the examples' pictures while drawing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LearnVisualCondition",
+            display_name="Learn Visual Condition",
+            category=CATEGORY,
+            search_aliases=[
+                "vico",
+                "image prompt",
+                "reference image",
+                "ip adapter",
+                "train adapter",
+            ],
+            description="Learns to look at the examples' pictures while drawing, for details that a token (a new "
+            "word) cannot carry. Each concept gets small blocks beside the model, which see the concept in its "
+            "picture and act where it is drawn. A finished run is remembered and never trained twice; an "
+            "interrupted run continues where it stopped.",
+            inputs=[*main_inputs(), *advanced_inputs()],
+            outputs=[
+                Condition.Output(
+                    "condition",
+                    display_name="condition",
+                    tooltip="Connect it to Apply Visual Condition or Save Visual Condition.",
+                ),
+                Concepts.Output(
+                    "learned",
+                    display_name="concepts",
+                    tooltip="The concepts as the condition knows them, for Apply Concept Tokens (with masks, say) "
+                    "or Save Concepts.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    tooltip="The mask of every concept in every example, in order.",
+                ),
+                LossMap.Output(
+                    "loss",
+                    display_name="loss",
+                    tooltip="The training loss of every step. Connect it to Plot Loss Graph.",
+                ),
+                io.Image.Output(
+                    "curves",
+                    display_name="curves",
+                    tooltip="A plot of the losses and of the masks' areas.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(  # type: ignore[override]
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        examples: tuple[Example, ...],
+        method: str,
+        masks: str,
+        steps: int,
+        seed: int,
+        memory: str,
+        concepts: ConceptSet | None = None,
+        **advanced: Any,
+    ) -> io.NodeOutput:
+        if not examples:
+            raise UserError("There are no examples to learn from. Connect a Concept Example.")
+        models = identify(model, clip, vae)
+        em, visual = settings_of(models.family, method, masks, steps, seed, advanced)
+        request = Request(models, tuple(examples), em, JointSettings(), memory, visual, concepts)
+        with told_on_node():
+            condition = fulfil(request)
+        learned = condition.concepts
+        outputs = (mask_stack(learned, examples), loss_map(learned), curves_image(learned))
+        return io.NodeOutput(condition, learned, *outputs)
+
+
+def settings_of(
+    family: str, method: str, masks: str, steps: int, seed: int, advanced: dict[str, Any]
+) -> tuple[EMSettings, VisualSettings]:
+    """Return the settings of both phases: the family's defaults with the node's inputs applied.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    em = replace(em_settings(family), mode=masks, seed=seed)
+    em = replace(em, **changed(advanced, {"resolution": "image_side", "em_steps": "steps"}))
+    visual = replace(visual_settings(family), steps=steps)
+    if method == "vico":
+        em, visual = vico(em, visual)
+    names = ("learning_rate", "token_learning_rate", "batch")
+    return em, replace(visual, **changed(advanced, {name: name for name in names}))
+
+
+def main_inputs() -> list[Any]:
+    """Return the inputs that most users set."""
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="The model to learn on, including any LoRAs and patches applied before this node. It is not "
+            "changed.",
+        ),
+        io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint as the MODEL."),
+        io.Vae.Input("vae", tooltip="The VAE of the same checkpoint as the MODEL."),
+        Examples.Input(
+            "examples", tooltip="The pictures and prompts to learn from, from Concept Example."
+        ),
+        io.Combo.Input(
+            "method",
+            options=["default", "vico"],
+            default="default",
+            tooltip="default: tokens and masks are found first (EM), then the blocks learn to look inside the "
+            "masks, for any number of concepts. vico: the method as it was published, for one concept, without "
+            "masks.",
+        ),
+        io.Combo.Input(
+            "masks",
+            options=["em", "fixed", "given"],
+            default="em",
+            tooltip="Where the masks come from. em: found at the start and updated while the tokens learn. "
+            "fixed: found once at the start. given: taken from the examples.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=400,
+            min=1,
+            max=20000,
+            tooltip="How many training steps the blocks get. Set 200 for the demo model.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31 - 1,
+            control_after_generate=False,
+            tooltip="Seed of everything random in the run.",
+        ),
+        io.Combo.Input(
+            "memory",
+            options=CHOICES,
+            default="auto",
+            tooltip="How to spend the graphics card's memory, as in Learn Concepts. auto goes by what is free.",
+        ),
+        Concepts.Input(
+            "concepts",
+            optional=True,
+            tooltip="Concepts to start from, from Learn Concepts or Load Concepts. If they are all that the "
+            "examples mark, their tokens stay as they are and only the blocks learn. A LoRA that was learned with "
+            "them acts meanwhile.",
+        ),
+    ]
+
+
+def advanced_inputs() -> list[Any]:
+    """Return the inputs that few users change; 0 means the value that suits the model."""
+    return [
+        count("em_steps", "How many training steps the tokens get before the blocks.", 20000),
+        count(
+            "resolution",
+            "Pictures are resized to the area of a square with this side, in pixels. Lower it to save memory.",
+            2048, 8,
+        ),
+        count("batch", "How many noisy versions of a picture each step learns from.", 8),
+        number("learning_rate", "How fast the blocks change (their learning rate)."),
+        number(
+            "token_learning_rate",
+            "How fast the tokens change together with the blocks. The default method keeps them.",
+        ),
+    ]  # fmt: skip
+
+
+class ApplyVisualCondition(io.ComfyNode):
+    """Let a visual condition act while pictures are drawn."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ApplyVisualCondition",
+            display_name="Apply Visual Condition",
+            category=CATEGORY,
+            search_aliases=["vico", "image prompt", "reference image", "use reference"],
+            description="Lets a model look at reference pictures of the concepts in the prompt while it draws. "
+            "After this node, CLIP Text Encode understands <name>. It goes with Apply Concept Tokens, ControlNet, "
+            "LoRAs and other patches, before or after them.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to draw with."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder that will understand <name>. If it does already, from an Apply "
+                    "Concept Tokens before this node, it keeps the token that it has.",
+                ),
+                Condition.Input(
+                    "condition",
+                    tooltip="From Learn Visual Condition or Load Visual Condition.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How strongly the condition acts. 1 is as learned, 0 not at all.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the condition begins to act: 0 is at the start. Raise it if the "
+                    "reference's layout is copied.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the condition ceases to act: 1 is at the end.",
+                ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="Pictures to look at instead of those that the condition was learned from, of any "
+                    "size. Needs the VAE.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The VAE of the checkpoint, for other references."
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Where the concepts are in the first reference: one mask for each, in the order in "
+                    "which they were learned. Without masks they are looked for.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Looks at the references. Connect it to the sampler."),
+                io.Clip.Output(tooltip="Understands <name>. Connect it to CLIP Text Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(  # type: ignore[override]
+        cls,
+        model: Any,
+        clip: Any,
+        condition: VisualCondition,
+        strength: float,
+        start: float,
+        end: float,
+        reference: Any = None,
+        vae: Any = None,
+        masks: Any = None,
+    ) -> io.NodeOutput:
+        with told_on_node():
+            if reference is not None:
+                condition = looking_at(model, clip, vae, condition, reference, masks)
+            *applied, said = apply_visual(
+                model, clip, condition, condition.use(strength, (start, end))
+            )
+            if said:
+                warn(said, Notice, stacklevel=2)
+        return io.NodeOutput(*applied)
+
+
+def looking_at(
+    model: Any, clip: Any, vae: Any, condition: VisualCondition, reference: Any, masks: Any
+) -> VisualCondition:
+    """Return the condition with other pictures to look at.
+
+    Raises:
+        UserError: there is no VAE, the number of masks is wrong, or a concept is in none of the pictures.
+    """
+    if vae is None:
+        raise UserError("Another reference needs the VAE. Connect that of the MODEL's checkpoint.")
+    host = ComfyHost(identify(model, clip, vae))
+    found = []
+    try:
+        for index, picture in enumerate(pictures_of(reference)):
+            given = masks_by_name(condition, masks, picture) if index == 0 else None
+            found += with_reference(host, condition, picture, given).references
+    finally:
+        host.release()
+    return replace(condition, references=tuple(found))
+
+
+def masks_by_name(condition: VisualCondition, masks: Any, picture: Any) -> dict[str, Any] | None:
+    """Return the masks of a reference by concept, at its size; None without masks.
+
+    Raises:
+        UserError: the number of masks is not the number of concepts.
+    """
+    if masks is None:
+        return None
+    stack = masks_of(masks)
+    if len(stack) != len(condition.names):
+        raise UserError(
+            f"Bad number of masks. Expected {len(condition.names)} (one for each of "
+            f"{', '.join(condition.names)}), got {len(stack)}. Combine them with Batch Masks in this order."
+        )
+    size = (picture.shape[-2], picture.shape[-1])
+    return dict(zip(condition.names, cut(resize(stack, size, "mask")), strict=True))
