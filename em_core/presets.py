@@ -59,7 +59,7 @@ def visual_settings(family: str) -> VisualSettings:
     """
     if family != DEMO_FAMILY:
         return VisualSettings()
-    return VisualSettings(steps=200, batch=2, learning_rate=1e-3)
+    return VisualSettings(steps=200, batch=2, learning_rate=3e-4)
 
 
 def vico(

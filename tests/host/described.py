@@ -8,7 +8,10 @@ from server import ROOT, Server
 
 SNAPSHOT = Path(__file__).parent / "schema.json"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
-FILES = {("LoadConcepts", "name"), ("EvaluateConcepts", "text_clip"), ("EvaluateConcepts", "lpips")}
+FILES = {
+    ("LoadConcepts", "name"), ("LoadVisualCondition", "name"), ("EvaluateConcepts", "text_clip"),
+    ("EvaluateConcepts", "lpips"),
+}  # fmt: skip
 """Inputs whose options are the user's files."""
 
 

@@ -15,6 +15,7 @@ IDS = {
     "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
     "EvaluateConcepts",
     "MaskTrainingConditioning", "SaveTrainingSet",
+    "LearnVisualCondition", "ApplyVisualCondition", "SaveVisualCondition", "LoadVisualCondition",
 }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def test_workflow_runs(server: Server, file: Path) -> None:
     for node in graph.values():
         if node["class_type"] == "LearnConcepts":
             node["inputs"] |= {"steps": 4, "joint_steps": 3}
+        if node["class_type"] == "LearnVisualCondition":
+            node["inputs"] |= {"steps": 2, "em_steps": 2}
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 2
     assert server.run(graph)
