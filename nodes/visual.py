@@ -168,6 +168,7 @@ def main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "memory",
+            display_name="memory plan",
             options=CHOICES,
             default="auto",
             tooltip="How to spend the graphics card's memory, as in Learn Concepts. auto goes by what is free.",
@@ -185,16 +186,25 @@ def main_inputs() -> list[Any]:
 def advanced_inputs() -> list[Any]:
     """Return the inputs that few users change; 0 means the value that suits the model."""
     return [
-        count("em_steps", "How many training steps the tokens get before the blocks.", 20000),
         count(
-            "resolution",
+            "em_steps", "token steps",
+            "How many training steps the tokens get before the blocks.", 20000,
+        ),
+        count(
+            "resolution", "learning size (pixels)",
             "Pictures are resized to the area of a square with this side, in pixels. Lower it to save memory.",
             2048, 8,
         ),
-        count("batch", "How many noisy versions of a picture each step learns from.", 8),
-        number("learning_rate", "How fast the blocks change (their learning rate)."),
+        count(
+            "batch", "samples per step",
+            "How many noisy versions of a picture each step learns from.", 8,
+        ),
         number(
-            "token_learning_rate",
+            "learning_rate", "learning rate",
+            "How fast the blocks change (their learning rate).",
+        ),
+        number(
+            "token_learning_rate", "token learning rate",
             "How fast the tokens change together with the blocks. The default method keeps them.",
         ),
     ]  # fmt: skip

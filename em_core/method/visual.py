@@ -122,7 +122,7 @@ def make_learner(
     )
     parameters = weights | tokens
     give_moments(optimizer, parameters, state.moments)
-    return Learner(vectors, parameters, optimizer, None)
+    return Learner(vectors, parameters, optimizer, rates=(), priors=None, mixes=None)
 
 
 def visual_step(

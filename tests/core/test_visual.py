@@ -181,7 +181,8 @@ def test_any_batch_size(
         part = replace(
             drawn,
             subsets=drawn.subsets[i : i + 1],
-            **{n: getattr(drawn, n)[i : i + 1] for n in ("present", "t", "eps", "Z0")},
+            prompts=drawn.prompts[i : i + 1],
+            **{n: getattr(drawn, n)[i : i + 1] for n in ("present", "t", "eps", "Z0", "masks")},
         )
         present = {n: p[i : i + 1] for n, p in look.present.items() if n in drawn.subsets[i]}
         seen = Look(look.views, look.source, present)
