@@ -23,6 +23,7 @@ APPLY, EXAMPLE, OURS = (
     ("ConceptExample", "ExtractLatentMasks"),
 )
 LORA, LORA_MODEL_ONLY = "LoraLoader", "LoraLoaderModelOnly"
+SEE = "ApplyVisualCondition"
 MODEL, CLIP = 0, 1
 
 
@@ -30,7 +31,7 @@ def notices(graph: Graph) -> dict[str, str]:
     """Return what a user should know of a graph in API format, by the node where it belongs."""
     found = {}
     for name, node in graph.items():
-        said = lonely_output(graph, name) if node.get("class_type") == APPLY else None
+        said = lonely_output(graph, name) if node.get("class_type") in (APPLY, SEE) else None
         said = said or unapplied_mark(graph, name) or unused_tokens(graph, name)
         if said:
             found[name] = said
@@ -38,13 +39,15 @@ def notices(graph: Graph) -> dict[str, str]:
 
 
 def lonely_output(graph: Graph, name: str) -> str | None:
-    """Say which of the MODEL and CLIP of an ApplyConceptTokens is not used while the other one is."""
+    """Say which of the MODEL and CLIP of a node that applies is not used while the other one is."""
     used = {
         value[1]
         for node in graph.values()
         for value in links(node)
         if str(value[0]) == name and value[1] in (MODEL, CLIP)
     }
+    if used == {CLIP} and graph[name].get("class_type") == SEE:
+        return "Only the CLIP of this node is connected. Connect its MODEL to the sampler, which has to look."
     if used == {CLIP} and needs_model(graph, graph[name].get("inputs", {})):
         return (
             "Only the CLIP of this node is connected. Connect its MODEL to the sampler too: without it, "
@@ -81,7 +84,9 @@ def unapplied_mark(graph: Graph, name: str) -> str | None:
     marks = {mark for text in texts_of(graph, name) for mark in MARK.findall(text)}
     names = concept_names(graph)
     known = {m for m in marks if (is_name(m) if names is None else m in names)}
-    if not known or any(graph[one].get("class_type") == APPLY for one in above(graph, name)):
+    if not known or any(
+        graph[one].get("class_type") in (APPLY, SEE) for one in above(graph, name)
+    ):
         return None
     return (
         f"This prompt has <{'>, <'.join(sorted(known))}>, but its CLIP does not come from an Apply Concept Tokens, "
