@@ -84,9 +84,7 @@ def unapplied_mark(graph: Graph, name: str) -> str | None:
     marks = {mark for text in texts_of(graph, name) for mark in MARK.findall(text)}
     names = concept_names(graph)
     known = {m for m in marks if (is_name(m) if names is None else m in names)}
-    if not known or any(
-        graph[one].get("class_type") in (APPLY, SEE) for one in above(graph, name)
-    ):
+    if not known or any(graph[one].get("class_type") in (APPLY, SEE) for one in above(graph, name)):
         return None
     return (
         f"This prompt has <{'>, <'.join(sorted(known))}>, but its CLIP does not come from an Apply Concept Tokens, "
