@@ -60,17 +60,17 @@ def weight_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
     learned themselves."""
     unet = anatomy.matrices * spending.storage + anatomy.small * spending.compute
     full = job.kind == "full"
-    return unet + sum(FLOAT * e.weights if full else e.bytes for e in anatomy.text)
+    return float(unet + sum(FLOAT * e.weights if full else e.bytes for e in anatomy.text))
 
 
 def trained_bytes(anatomy: Anatomy, job: Job) -> float:
     """Parameter, gradient and two moments in float32. Whole weights are among the weights already,
     but what they were before is kept; an optimizer's step on a LoRA takes as much again for a time."""
     if job.kind == "lora":
-        return 5 * FLOAT * job.rank * anatomy.lora_width
+        return float(5 * FLOAT * job.rank * anatomy.lora_width)
     text = sum(encoder.weights for encoder in anatomy.text)
     every = anatomy.matrices + anatomy.small + text
-    return 4 * FLOAT * {"none": 0, "cross_attention": anatomy.crossing, "full": every}[job.kind]
+    return 4.0 * FLOAT * {"none": 0, "cross_attention": anatomy.crossing, "full": every}[job.kind]
 
 
 def pixels(job: Job, level: int) -> int:
@@ -89,9 +89,9 @@ def kept_of(stage: Stage, spending: Spending, job: Job) -> float:
         channels = 2 * stage.inputs + 2 * stage.outputs
         if job.kind == "full":
             channels += stage.inputs + stage.outputs
-        return n * channels * size
+        return float(n * channels * size)
     if isinstance(stage, Resampling):
-        return n * stage.channels * size if job.kind == "full" else 0.0
+        return float(n * stage.channels * size) if job.kind == "full" else 0.0
     # Three normalisations' inputs, q, k, v and output of attention to the pixels, q and output of that
     # to the text, and the gated layer's two halves, the activated gate and their product's parts.
     channels = {"none": 21, "cross_attention": 21, "lora": 23, "full": 28}[
@@ -99,7 +99,7 @@ def kept_of(stage: Stage, spending: Spending, job: Job) -> float:
     ] * stage.channels
     statistics = 2 * stage.heads * FLOAT + 6 * FLOAT
     text = 2 * stage.channels * TOKENS * job.chunks * job.batch * size
-    return n * (channels * size + statistics) + text
+    return float(n * (channels * size + statistics) + text)
 
 
 def depth_of(stage: Stage) -> int:
@@ -118,14 +118,14 @@ def outside(stage: Stage, spending: Spending, job: Job) -> float:
     """Bytes that a stage keeps whether or not its blocks are computed again: the input of a
     transformer's normalisation."""
     if isinstance(stage, Transformer):
-        return pixels(job, stage.level) * stage.channels * spending.compute
+        return float(pixels(job, stage.level) * stage.channels * spending.compute)
     return 0.0
 
 
 def input_of(stage: Stage, spending: Spending, job: Job) -> float:
     """Bytes of the input of one of a stage's blocks."""
     channels = stage.inputs if isinstance(stage, Residual) else stage.channels
-    return pixels(job, stage.level) * channels * spending.compute
+    return float(pixels(job, stage.level) * channels * spending.compute)
 
 
 def saved_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
@@ -161,7 +161,7 @@ def loss_stages(anatomy: Anatomy, job: Job) -> list[Transformer]:
 def recorded_bytes(stage: Transformer, job: Job) -> float:
     """What recording a stage's maps keeps: queries and softmax in float32."""
     columns = TOKENS * job.chunks * stage.heads
-    return stage.depth * pixels(job, stage.level) * (stage.channels + columns) * FLOAT
+    return float(stage.depth * pixels(job, stage.level) * (stage.channels + columns) * FLOAT)
 
 
 def working_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
@@ -189,7 +189,7 @@ def gradient_bytes(stage: Stage, spending: Spending, job: Job) -> float:
         channels = 2 * stage.channels
     else:
         channels = 13 * stage.channels
-    return pixels(job, stage.level) * channels * spending.compute
+    return float(pixels(job, stage.level) * channels * spending.compute)
 
 
 def text_bytes(anatomy: Anatomy, job: Job) -> float:
@@ -222,7 +222,7 @@ def region_bytes(anatomy: Anatomy, job: Job) -> float:
     finest = max((cells[s] for s in fit), default=0)
     read = [s for s in anatomy.stages if s in fit and cells[s] == finest]
     depth, heads = sum(depth_of(s) for s in read), max((s.heads for s in fit), default=0)
-    return (depth + heads) * FLOAT * finest**2
+    return float((depth + heads) * FLOAT * finest**2)
 
 
 def out_channels(stage: Stage) -> int:
@@ -233,12 +233,12 @@ def own_bytes(stage: Stage, spending: Spending, job: Job) -> float:
     """What a block holds at a time in a pass without gradients, its maps' softmax included."""
     n, size = pixels(job, stage.level), spending.compute
     if isinstance(stage, Residual):
-        return n * (3 * stage.inputs + 2 * stage.outputs) * size
+        return float(n * (3 * stage.inputs + 2 * stage.outputs) * size)
     if isinstance(stage, Resampling):
-        return n * 2 * stage.channels * size
+        return float(n * 2 * stage.channels * size)
     gated = 20 * stage.channels * size
     recorded = 2 * TOKENS * job.chunks * stage.heads * FLOAT + 2 * stage.channels * FLOAT
-    return n * max(gated, 4 * stage.channels * size + recorded)
+    return float(n * max(gated, 4 * stage.channels * size + recorded))
 
 
 def describe(what: str, need: float, free: float) -> str:
