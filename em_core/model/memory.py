@@ -52,7 +52,7 @@ def encoding_bytes(anatomy: Anatomy, job: Job) -> float:
     convolution's input and its output."""
     vae = anatomy.autoencoder
     pictures = job.height * job.width * vae.factor**2
-    return vae.bytes + pictures * 3 * vae.channels * vae.compute
+    return float(vae.bytes + pictures * 3 * vae.channels * vae.compute)
 
 
 def weight_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from em_core.model.image_attention import image_attention, init_block
-from em_core.model.memory import (
-    GIB,
+from em_core.model.anatomy import (
     Anatomy,
+    Autoencoder,
     Job,
     Resampling,
     Residual,
@@ -18,6 +18,7 @@ from em_core.model.memory import (
     TextEncoder,
     Transformer,
 )
+from em_core.model.memory import GIB
 from em_core.model.visual_memory import block_bytes, image_stages, needs_of
 
 
@@ -45,7 +46,8 @@ def sd1() -> Anatomy:
         if level:
             stages.append(Resampling(now, level - 1))
     text = TextEncoder(768, 12, 246_000_000, 123_000_000, quick=True)
-    return Anatomy(tuple(stages), 859_000_000, 500_000, (text,), 0, 0)
+    vae = Autoencoder(bytes=168_000_000, channels=128, compute=2, factor=8)
+    return Anatomy(tuple(stages), 859_000_000, 500_000, (text,), 0, 0, vae)
 
 
 def test_image_attention_stands_where_vico_has_it() -> None:
