@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from em_core.model.image_attention import image_attention, init_block
 from em_core.model.anatomy import (
     Anatomy,
     Autoencoder,
@@ -18,6 +17,7 @@ from em_core.model.anatomy import (
     TextEncoder,
     Transformer,
 )
+from em_core.model.image_attention import image_attention, init_block
 from em_core.model.memory import GIB
 from em_core.model.visual_memory import block_bytes, image_stages, needs_of
 
