@@ -7,8 +7,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..em_core.exchange.saving import numbered, require_case, require_name
 from ..em_core.runs.visual_condition import VisualCondition
-from .files import SUFFIX, folder_of, require_free, require_name
+from .files import SUFFIX, folder_of
 from .schema import CATEGORY, Condition, schema
 from .telling import told_on_node
 
@@ -36,13 +37,13 @@ class SaveVisualCondition(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_condition",
-                    tooltip="Name of the saved file: letters, digits, '_' and '-'.",
+                    tooltip="Name of the saved file: letters, digits, '_' and '-'. A number is put behind it if there "
+                    "is such a file.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace an existing file of the same name. When off, it is kept and the node "
-                    "reports an error.",
+                    tooltip="Save under the name itself, without a number, and replace what is there.",
                 ),
             ],
             outputs=[],
@@ -52,8 +53,10 @@ class SaveVisualCondition(io.ComfyNode):
     def execute(  # type: ignore[override]
         cls, condition: VisualCondition, name: str, overwrite: bool
     ) -> io.NodeOutput:
-        file = folder_of(KIND) / f"{require_name(name)}{SUFFIX}"
-        require_free([file], overwrite)
+        folder, name = folder_of(KIND), require_name(name)
+        name = name if overwrite else numbered(name, (folder,))
+        file = folder / f"{name}{SUFFIX}"
+        require_case([file])
         condition.save(file)
         return io.NodeOutput(ui={"text": [str(file)]})
 
