@@ -37,8 +37,8 @@ class SaveVisualCondition(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_condition",
-                    tooltip="Name of the saved file: letters, digits, '_' and '-'. A number is put behind it if there "
-                    "is such a file.",
+                    tooltip="Name of the saved file: letters, digits, '_' and '-'. A number is put behind it if "
+                    "there is such a file.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
