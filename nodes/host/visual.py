@@ -22,12 +22,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...em_core.errors import UserError
+from ...em_core.exchange.lora import lora_tensors
 from ...em_core.files import raw_bytes
 from ...em_core.hosts.visual import say_unseen
 from ...em_core.model.visual import image_places
 from ...em_core.model.visual_drawing import Seen, SeenCache, Viewer, VisualUse
 from ...em_core.runs.visual_condition import VisualCondition
-from ..exports import lora_tensors
 from ..telling import show_on_node
 from .application import require_same_family
 from .attention import attention_layers
