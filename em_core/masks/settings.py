@@ -33,7 +33,7 @@ class MaskSettings:
         rivals: words that are added to the prompt while masks are read, so that what the prompt does
             not name has a word to go to, such as " and a thing". "" adds none (VCD).
         presence_passes: number of noises by which the least present concepts are told, where some are
-            not found at the start; 0 leaves it to the maps (VCD).
+            not found at the start: at least 2; 0 leaves it to the maps (VCD).
         acceptance: how many times the present mask's agreement (correlation) with fresh maps and the
             start's a new mask must reach to take its place; 0 takes every mask that the guards believe
             (VCD).
@@ -66,5 +66,5 @@ class MaskSettings:
         require("peak", self.peak, 0.5 <= self.peak <= 1, "0.5 to 1")
         require("share", self.share, 0 < self.share <= 1, "more than 0 and at most 1")
         passes = self.presence_passes
-        require("number of passes for presence", passes, passes >= 0, "at least 0")
+        require("passes for presence", passes, passes == 0 or passes >= 2, "0, or at least 2")
         require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

@@ -6,6 +6,8 @@ arXiv 2303.16203; put to single words here). It tells a missing thing from the o
 name and each noise, so that it is asked only where masks say that something is missing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,8 @@ from .problem import Prepared
 
 TIMES = (0.2, 0.7)
 """Shares of the schedule in which a word makes a difference: later ones show all, earlier ones nothing."""
+STANDARD_ERRORS = 2.0
+"""By how many a concept must be less present than one that was not found, to be left out instead."""
 
 
 @torch.no_grad()
@@ -28,19 +32,20 @@ def presence(
     passes: int,
     generator: torch.Generator,
     batch: int = 10,
-) -> Float[Tensor, " k"]:
+) -> Float[Tensor, "n k"]:
     """How much less the model errs with a concept's vectors than with a generic word's in their place.
 
     Args:
         prepared: a picture whose prompt names k concepts.
         vectors: of all its concepts.
         generic_word: a word that fits any thing.
-        passes: noisy versions of the picture, the same for all concepts.
+        passes: n, noisy versions of the picture, the same for all concepts.
         generator: source of the times and the noise.
 
     Returns:
-        Mean squared errors of the schedule's target, the generic word's minus the concept's own; the
-        smallest is that of the concept that is most likely absent.
+        For each of the n noises, on the CPU, the mean squared error of the schedule's target under the
+        generic word minus that under the concept's own; the smallest mean is that of the concept that is
+        most likely absent.
     """
     prompt, conditionings = prepared.example.prompt, []
     for name in (None, *prepared.names):
@@ -52,32 +57,46 @@ def presence(
     t = to_host(host.schedule.draw_times(passes, generator, *TIMES), host)
     eps = like_noise(prepared.Z0, passes, generator)
     together = 1 if one_time(host) else passes_at_once(host, batch)
-    errors = [mean_error(host, prepared.Z0, t, eps, c, together) for c in conditionings]
-    return torch.stack(errors[1:]) - errors[0]
+    errors = [mean_errors(host, prepared.Z0, t, eps, c, together) for c in conditionings]
+    return (torch.stack(errors[1:], dim=1) - errors[0][:, None]).cpu()
 
 
-def mean_error(
+def mean_errors(
     host: DiffusionModel,
     Z0: Float[Tensor, "1 c h w"],
     t: Float[Tensor, " b"],
     eps: Float[Tensor, "b c h w"],
     conditioning: Conditioning,
     together: int,
-) -> Float[Tensor, ""]:
-    """Mean squared error of the model's output under one prompt, `together` samples at a time."""
-    total = torch.zeros((), device=Z0.device)
+) -> Float[Tensor, " b"]:
+    """Mean squared errors of the model's outputs under one prompt, `together` samples at a time."""
+    errors = []
     for times, noise in zip(t.split(together), eps.split(together), strict=True):
         Z = Z0.expand_as(noise)
         Z_t = host.schedule.add_noise(Z, noise, times)
         output = host.predict(Z_t, times, conditioning.rows([0] * len(times)))
-        total += (output.float() - host.schedule.target(Z, noise, times)).square().sum()
-    return total / eps.numel()
+        wrong = output.float() - host.schedule.target(Z, noise, times)
+        errors.append(wrong.square().mean(dim=(1, 2, 3)))
+    return torch.cat(errors)
 
 
-def without_least(present: Float[Tensor, " k"], count: int) -> list[int]:
-    """The concepts without the `count` least present ones, as indices in order.
+def who_is_there(present: Float[Tensor, "n k"], missing: Sequence[int]) -> list[int] | None:
+    """The concepts without as many of the least present ones as are missing, as indices in order.
 
-    Of equals the last are left out.
+    None where that would leave out none but the missing, or where the noises do not agree on it: those
+    that are left out instead must be less present by two standard errors.
+
+    Args:
+        present: what :func:`presence` gives.
+        missing: the concepts whose masks are not believed, as indices.
     """
-    order = torch.sort(present.cpu(), descending=True, stable=True).indices.tolist()
-    return sorted(order[: len(order) - count])
+    order = torch.sort(present.mean(dim=0), descending=True, stable=True).indices.tolist()
+    split = len(order) - len(missing)
+    there, absent = sorted(order[:split]), order[split:]
+    wronged = [index for index in absent if index not in missing]
+    cleared = [index for index in missing if index in there]
+    if not wronged:
+        return None
+    margin = present[:, cleared].mean(dim=1) - present[:, wronged].mean(dim=1)
+    error = margin.std() / len(margin) ** 0.5
+    return there if float(margin.mean()) > STANDARD_ERRORS * float(error) else None

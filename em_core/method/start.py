@@ -18,7 +18,7 @@ from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
 from .maps import read_attention
-from .presence import presence, without_least
+from .presence import presence, who_is_there
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
@@ -167,10 +167,10 @@ def masks_of_vectors(
         present = presence(
             host, prepared, vectors, generic_word, settings.presence_passes, generator
         )
-        there = without_least(present, len(missing))
-        among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
-        if among.believed(settings.guards)[there].all() and not only_alike(missing, there, alike):
-            estimate = among
+        there = who_is_there(present, missing)
+        if there is not None and not only_alike(missing, there, alike):
+            among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
+            estimate = among if among.believed(settings.guards)[there].all() else estimate
     return FirstMasks(maps, estimate, labels)
 
 
