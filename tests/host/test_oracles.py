@@ -17,7 +17,7 @@ def saved(server: Server) -> Server:
     p = learning(joint="lora", joint_steps=4, vectors=3)
     p.b.add(
         "SaveConcepts", concepts=p.learn, name="two", overwrite=True, exports=True, clip=p.model[1],
-        triggers="doll: hns bsf gsc",
+        triggers="rex: sks ohwx snf, doll: hns bsf gsc",
     )  # fmt: skip
     p.b.add("SaveLoRA", lora=p.learn[2], prefix="loras/trained", steps=4)
     p.b.add("LossGraphNode", loss=p.learn[3], filename_prefix="loss")

@@ -253,7 +253,9 @@ def test_twenty_runs(server: Server) -> None:
     alone = b.add("TestModelHash", model=fresh, clip=fresh[1])
     hashes.add(texts(server.run(b.graph), alone.id))
     assert len(hashes) == 1
-    assert max(sizes[-5:]) - max(sizes[5:10]) < 24, sizes
+    # The allocator keeps what was freed in steps of some 30 MiB; a copy of the model left behind by each
+    # run would be 80 and more by the end.
+    assert max(sizes[-5:]) - max(sizes[5:10]) < 48, sizes
 
 
 def test_text_to_mask(server: Server) -> None:
