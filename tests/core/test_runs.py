@@ -223,7 +223,7 @@ def test_a_step_that_fails_did_not_happen(
     seen: list[RunState] = []
     with monkeypatch.context() as patch:
         if what == "E-step":
-            patch.setattr(e_step, "masks_from_maps", Failing(e_step.masks_from_maps, passed))
+            patch.setattr(e_step, "masks_among", Failing(e_step.masks_among, passed))
         else:
             patch.setattr(host, what, Failing(getattr(host, what), passed))
         with pytest.raises(Broken):
@@ -440,7 +440,7 @@ def test_damaged_files_in_a_store_count_as_none(
     whole = learn_concepts(host, [example], brief)
     store.state("key").path.write_bytes(b"damaged")
     assert same(learn_concepts(host, [example], brief, store=store, key="key"), whole)
-    store.concepts_file("key").write_bytes(b"damaged")
+    store.result_file("key").write_bytes(b"damaged")
     assert same(learn_concepts(host, [example], brief, store=store, key="key"), whole)
 
 
