@@ -52,6 +52,25 @@ def add_device(parser: ArgumentParser) -> None:
     )
 
 
+def add_any_weights(parser: ArgumentParser) -> None:
+    """Add `--any-weights`."""
+    parser.add_argument(
+        "--any-weights",
+        action="store_true",
+        help="also accept a fine-tune of the model that the concepts were learned on",
+    )
+
+
+def add_guidance(parser: ArgumentParser) -> None:
+    """Add `--guidance`."""
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=5.0,
+        help="scale of classifier-free guidance (default: %(default)s)",
+    )
+
+
 def load_host(
     model: str, device: str = "cpu", dtype: str = "float32", recompute: bool = False
 ) -> DiffusersHost:

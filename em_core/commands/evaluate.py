@@ -29,6 +29,8 @@ from ..runs.learning import learn_concepts
 from ..runs.store import RunStore
 from .common import (
     Progress,
+    add_any_weights,
+    add_guidance,
     add_model,
     load_host,
     load_tqdm,
@@ -100,11 +102,7 @@ def add_concept_options(parser: argparse.ArgumentParser) -> None:
         help="folders of mask_<concept>.png, one per picture, to use in place of the masks that were found in "
         "learning",
     )
-    parser.add_argument(
-        "--any-weights",
-        action="store_true",
-        help="also accept a fine-tune of the model that the concepts were learned on",
-    )
+    add_any_weights(parser)
 
 
 def add_encoders(parser: argparse.ArgumentParser) -> None:
@@ -142,12 +140,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sampling-steps", type=positive, default=30, help="sampling steps (default: %(default)s)"
     )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=5.0,
-        help="scale of classifier-free guidance (default: %(default)s)",
-    )
+    add_guidance(parser)
     parser.add_argument(
         "--passes",
         type=positive,

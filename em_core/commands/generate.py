@@ -12,7 +12,14 @@ from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
 from ..runs.visual_condition import VisualCondition
 from ..show.drawing import sheet
-from .common import add_model, load_host, positive, require_folder
+from .common import (
+    add_any_weights,
+    add_guidance,
+    add_model,
+    load_host,
+    positive,
+    require_folder,
+)
 from .visual import add_drawing_options, condition_of
 
 EXAMPLE = """example:
@@ -47,17 +54,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--steps", type=positive, default=30, help="sampling steps (default: %(default)s)"
     )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=5.0,
-        help="scale of classifier-free guidance (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--any-weights",
-        action="store_true",
-        help="also accept a fine-tune of the model that the concepts were learned on",
-    )
+    add_guidance(parser)
+    add_any_weights(parser)
     add_model(parser)
     parser.set_defaults(run=run_command)
 

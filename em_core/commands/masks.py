@@ -17,7 +17,7 @@ from ..runs.concept_set import ConceptSet
 from ..runs.finding import find_masks
 from ..show.drawing import overlay
 from ..show.words import say_missing
-from .common import add_model, load_host, positive, require_folder
+from .common import add_any_weights, add_model, load_host, positive, require_folder
 
 EXAMPLE = """examples:
   python -m em_core masks --image photo.png --prompt "a photo of <a:star> and <b:heart> on grass" --out output/masks
@@ -65,11 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the noise (default: %(default)s)"
     )
-    parser.add_argument(
-        "--any-weights",
-        action="store_true",
-        help="also accept a fine-tune of the model that the concepts were learned on",
-    )
+    add_any_weights(parser)
     add_model(parser)
     parser.set_defaults(run=run_command)
 
