@@ -3,16 +3,18 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyConceptTokens
-from .dataset import SaveTrainingSet
-from .demo import DemoScene, LoadDemoModel
+from .dataset import SaveConceptTrainingSet
+from .demo import ConceptDemoScene, LoadConceptDemoModel
 from .discover import DiscoverConcepts
 from .evaluate import EvaluateConcepts
 from .examples import ConceptExample
 from .extract import ExtractLatentMasks
 from .files import LoadConcepts, SaveConcepts
 from .learn import LearnConcepts
-from .masks import CompareMasks, RefineCRF
+from .masks import CompareConceptMasks, RefineCRF
 from .notices import listen
+from .picking import ConceptMaskByName
+from .settings import ConceptSettings
 from .training import MaskTrainingConditioning
 from .visual import ApplyVisualCondition, LearnVisualCondition
 from .visual_files import LoadVisualCondition, SaveVisualCondition
@@ -20,8 +22,10 @@ from .visual_files import LoadVisualCondition, SaveVisualCondition
 NODES: list[type[io.ComfyNode]] = [
     ConceptExample,
     LearnConcepts,
+    ConceptSettings,
     ExtractLatentMasks,
     DiscoverConcepts,
+    ConceptMaskByName,
     RefineCRF,
     ApplyConceptTokens,
     SaveConcepts,
@@ -31,11 +35,11 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyVisualCondition,
     SaveVisualCondition,
     LoadVisualCondition,
-    LoadDemoModel,
-    DemoScene,
-    CompareMasks,
+    LoadConceptDemoModel,
+    ConceptDemoScene,
+    CompareConceptMasks,
     MaskTrainingConditioning,
-    SaveTrainingSet,
+    SaveConceptTrainingSet,
 ]
 
 

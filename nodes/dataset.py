@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -14,19 +15,20 @@ from ..em_core.exchange.layouts import LAYOUTS, masks_of_run, read_words, save_d
 from ..em_core.exchange.saving import numbered, require_name
 from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
+from .files import why_bad_name
 from .schema import CATEGORY, Concepts, Examples, schema
 from .telling import on_node, told_on_node
 
 FOLDER = "training_sets"
 
 
-class SaveTrainingSet(io.ComfyNode):
+class SaveConceptTrainingSet(io.ComfyNode):
     """Save pictures, masks and captions in the layout of another trainer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="SaveTrainingSet",
+            node_id="SaveConceptTrainingSet",
             display_name="Save Training Set",
             category=CATEGORY,
             search_aliases=["dataset", "training data", "masked training", "kohya", "onetrainer"],
@@ -90,6 +92,10 @@ class SaveTrainingSet(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, name: Any = None) -> bool | str:  # type: ignore[override]
+        return why_bad_name(name) or True
 
     @classmethod
     def execute(  # type: ignore[override]

@@ -12,13 +12,13 @@ from .schema import CATEGORY, schema
 DEMO = f"{CATEGORY}/demo"
 
 
-class LoadDemoModel(io.ComfyNode):
+class LoadConceptDemoModel(io.ComfyNode):
     """Load the small model that comes with the pack."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="LoadDemoModel",
+            node_id="LoadConceptDemoModel",
             display_name="Load Demo Model",
             category=DEMO,
             search_aliases=["checkpoint", "example model", "tiny stable diffusion"],
@@ -46,13 +46,13 @@ class LoadDemoModel(io.ComfyNode):
         return io.NodeOutput(*load_demo_model(model_path()))
 
 
-class DemoScene(io.ComfyNode):
+class ConceptDemoScene(io.ComfyNode):
     """Render a picture with concepts that the demo model has never seen."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="DemoScene",
+            node_id="ConceptDemoScene",
             display_name="Demo Scene",
             category=DEMO,
             search_aliases=["example image", "test picture"],

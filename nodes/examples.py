@@ -10,7 +10,8 @@ from torch import Tensor
 from ..em_core.errors import UserError
 from ..em_core.examples import Example, NamedMasks
 from ..em_core.pictures import Picture
-from ..em_core.prompts import EXAMPLE, ConceptPrompt
+from ..em_core.prompts import EXAMPLE, ConceptPrompt, require_no_weights
+from .automatic import why_not
 from .pictures import labels_of, masks_of, pictures_of
 from .schema import CATEGORY, Examples, schema
 
@@ -65,6 +66,10 @@ class ConceptExample(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompt: Any = None) -> bool | str:  # type: ignore[override]
+        return (isinstance(prompt, str) and why_not(required_prompt, prompt)) or True
+
+    @classmethod
     def execute(  # type: ignore[override]
         cls,
         image: Tensor,
@@ -81,17 +86,27 @@ def make_examples(image: Any, text: str, masks: Any) -> list[Example]:
     Raises:
         UserError: the prompt is empty or marks no concept, or the number of masks is wrong.
     """
-    if not text.strip():
-        raise UserError(
-            f"The prompt is empty. Describe the picture and mark its concepts, as in: {EXAMPLE}"
-        )
-    prompt = ConceptPrompt.parse(text).require_concepts()
+    prompt = required_prompt(text)
     pictures = pictures_of(image)
     named = named_masks(masks, prompt, pictures)
     return [
         Example(picture, prompt, given, given)
         for picture, given in zip(pictures, named, strict=True)
     ]
+
+
+def required_prompt(text: str) -> ConceptPrompt:
+    """Return the prompt.
+
+    Raises:
+        UserError: it is empty, marks no concept, has weights, or its marks cannot be read.
+    """
+    if not text.strip():
+        raise UserError(
+            f"The prompt is empty. Describe the picture and mark its concepts, as in: {EXAMPLE}"
+        )
+    require_no_weights(text)
+    return ConceptPrompt.parse(text).require_concepts()
 
 
 def named_masks(masks: Any, prompt: ConceptPrompt, pictures: list[Picture]) -> list[NamedMasks]:

@@ -12,24 +12,27 @@ from einops import rearrange
 from torch import Tensor
 
 from ..em_core.errors import Notice, UserError
+from ..em_core.examples import Example
 from ..em_core.masks.resizing import resize
 from ..em_core.masks.settings import MaskSettings
 from ..em_core.pictures import Picture
 from ..em_core.presets import em_settings
-from ..em_core.prompts import ConceptPrompt
+from ..em_core.prompts import ConceptPrompt, require_no_weights
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.finding import find_masks
 from ..em_core.show.words import say_masks, say_missing
+from .automatic import AUTOMATIC, advanced_inputs, checked, read, why_not
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
 from .host.families import identify
-from .learn import AUTO
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
-from .schema import ADVANCED, Concepts, schema
+from .schema import ADVANCED, Concepts, Examples, schema
+from .settings import NUMBERS as ALL_NUMBERS
 from .telling import on_node, told_on_node
 
 EXAMPLE = "a photo of <cat:cat> on <sofa:sofa>"
+NUMBERS = {"threshold": ALL_NUMBERS["threshold"]}
 WARM = (1.0, 0.55, 0.1)
 
 
@@ -66,17 +69,12 @@ class ExtractLatentMasks(io.ComfyNode):
                     tooltip="How many noisy versions of the picture are averaged. More passes give steadier "
                     "masks but take longer.", **ADVANCED,
                 ),
-                io.Float.Input(
-                    "threshold", display_name="mask threshold (0 to 1)",
-                    default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
-                    tooltip="How strongly a spot must respond, from 0 to 1, to belong to a mask. Raise it for "
-                    "smaller masks. 0 uses the value that suits the model.", **ADVANCED,
-                ),
+                *advanced_inputs(NUMBERS),
                 io.Combo.Input(
-                    "crf", display_name="follow edges (CRF)",
-                    options=[AUTO, *CRF_PRESETS], default=AUTO, optional=True,
-                    tooltip="Makes the masks follow the picture's edges (DenseCRF). 'auto' picks what suits "
-                    "the model, 'off' skips this step.", **ADVANCED,
+                    "crf", display_name="follow edges (DenseCRF)",
+                    options=[AUTOMATIC, *CRF_PRESETS], default=AUTOMATIC, optional=True,
+                    tooltip="Makes the masks follow the picture's edges (DenseCRF). 'automatic' is what suits "
+                    "the model, 'off' leaves this out.", **ADVANCED,
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**31 - 1, optional=True, control_after_generate=False,
@@ -92,8 +90,19 @@ class ExtractLatentMasks(io.ComfyNode):
                     "heat", display_name="heat maps",
                     tooltip="How strongly each spot responds to each name, glowing over the dimmed picture.",
                 ),
+                Examples.Output(
+                    "found", display_name="examples",
+                    tooltip="The pictures with the prompt and these masks, each at its picture's size. Connect "
+                    "them to Concept Mask by Name, or to Learn Concepts with masks 'given'.",
+                ),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, prompt: Any = None, threshold: Any = None) -> bool | str:  # type: ignore[override]
+        if isinstance(prompt, str) and (wrong := why_not(required_prompt, prompt)):
+            return wrong
+        return checked(NUMBERS, {"threshold": threshold})
 
     @classmethod
     def execute(  # type: ignore[override]
@@ -105,15 +114,11 @@ class ExtractLatentMasks(io.ComfyNode):
         prompt: str,
         concepts: ConceptSet | None = None,
         passes: int = 20,
-        threshold: float = 0.0,
-        crf: str = AUTO,
+        threshold: str = AUTOMATIC,
+        crf: str = AUTOMATIC,
         seed: int = 0,
     ) -> io.NodeOutput:
-        if not prompt.strip():
-            raise UserError(
-                f"The prompt is empty. Describe the picture and mark what to find, as in: {EXAMPLE}"
-            )
-        parsed = ConceptPrompt.parse(prompt).require_concepts()
+        parsed = required_prompt(prompt)
         pictures = pictures_of(image)
         models = identify(model, clip, vae)
         if concepts is not None:
@@ -135,17 +140,48 @@ class ExtractLatentMasks(io.ComfyNode):
         heat = torch.cat([heat_maps(picture, result.maps) for picture, result in pairs])
         found = [dict(zip(result.names, result.masks, strict=True)) for result in results]
         masks = to_mask([result.masks for result in results])
-        return io.NodeOutput(masks, heat, ui=on_node(say_masks(found), *told))
+        examples = tuple(
+            Example(picture, parsed, named) for picture, named in zip(pictures, found, strict=True)
+        )
+        return io.NodeOutput(
+            masks,
+            heat,
+            examples,
+            ui=on_node(say_masks(found), *told, say_threshold(settings, threshold)),
+        )
 
 
-def mask_settings(settings: MaskSettings, passes: int, threshold: float, crf: str) -> MaskSettings:
-    """Return the family's settings with the node's inputs applied."""
+def required_prompt(text: str) -> ConceptPrompt:
+    """Return the prompt.
+
+    Raises:
+        UserError: it is empty, marks nothing, has weights, or its marks cannot be read.
+    """
+    if not text.strip():
+        raise UserError(
+            f"The prompt is empty. Describe the picture and mark what to find, as in: {EXAMPLE}"
+        )
+    require_no_weights(text)
+    return ConceptPrompt.parse(text).require_concepts()
+
+
+def mask_settings(settings: MaskSettings, passes: int, threshold: str, crf: str) -> MaskSettings:
+    """Return the family's settings with the node's inputs applied.
+
+    Raises:
+        UserError: the threshold is neither "automatic" nor a number in its range.
+    """
     settings = replace(settings, init_timesteps=passes)
-    if threshold:
-        settings = replace(settings, threshold=threshold)
-    if crf == AUTO:
+    settings = replace(settings, **read(NUMBERS, {"threshold": threshold}))
+    if crf == AUTOMATIC:
         return settings
     return replace(settings, crf=None if crf == "off" else PRESETS[crf])
+
+
+def say_threshold(settings: MaskSettings, given: str) -> str:
+    """A line with the threshold that stands for "automatic"; empty if a number was given."""
+    automatic = not read(NUMBERS, {"threshold": given})
+    return f"Automatic: {NUMBERS['threshold'].label} {settings.threshold}." if automatic else ""
 
 
 def heat_maps(picture: Picture, maps: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..em_core.exchange.saving import (
 from ..em_core.exchange.triggers import Vocabularies
 from ..em_core.prompts import require_apart
 from ..em_core.runs.concept_set import ConceptSet
+from .automatic import why_not
 from .host.application import require_same_family
 from .host.imports import concept_of_lora
 from .host.text import vocabularies
@@ -36,6 +37,11 @@ folder_paths.folder_names_and_paths.setdefault(
 def folder_of(kind: str) -> Path:
     """Return the folder that files of this kind are written to."""
     return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+def why_bad_name(name: Any) -> str:
+    """Return what is wrong with the name of a file to save; empty if nothing is, or if it is linked."""
+    return why_not(require_name, name) if isinstance(name, str) else ""
 
 
 class SaveConcepts(io.ComfyNode):
@@ -115,6 +121,10 @@ class SaveConcepts(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, name: Any = None) -> bool | str:  # type: ignore[override]
+        return why_bad_name(name) or True
 
     @classmethod
     def execute(  # type: ignore[override]

@@ -12,12 +12,19 @@ from torch import Tensor
 from ..em_core.errors import UserError
 from ..em_core.masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..em_core.masks.measures import iou
+from .automatic import AUTOMATIC, Number, checked
 from .pictures import labels_of, masks_of, pictures_of, to_mask
 from .schema import ADVANCED, CATEGORY, schema
 from .telling import on_node
 
 CRF_PRESETS = ["off", *PRESETS]
 MASKS = f"{CATEGORY}/masks"
+ITERATIONS = Number(
+    "iterations per round",
+    "How many mean-field updates to run, in each round if the preset has several.",
+    1,
+    100,
+)
 
 
 class RefineCRF(io.ComfyNode):
@@ -61,26 +68,16 @@ class RefineCRF(io.ComfyNode):
                     default=False,
                     tooltip="Output the probability at each pixel, in shades of grey, instead of black and white.",
                 ),
-                io.Int.Input(
-                    "iterations",
-                    display_name="iterations per round",
-                    default=0,
-                    min=0,
-                    max=100,
-                    optional=True,
-                    tooltip="How many mean-field updates to run, in each round if the preset has several. 0 "
-                    "uses the preset's number.",
-                    **ADVANCED,
-                ),
+                ITERATIONS.input("iterations", **ADVANCED),
                 io.Int.Input(
                     "working_size",
                     display_name="working size (pixels)",
                     default=512,
-                    min=0,
-                    max=4096,
+                    min=16,
+                    max=16384,
                     optional=True,
                     tooltip="Larger pictures are shrunk to this longer side, in pixels, while refining. Lower "
-                    "it to save time and memory; 0 works at full size.",
+                    "it to save time and memory; the picture's own size or more works at full size.",
                     **ADVANCED,
                 ),
                 io.Float.Input(
@@ -101,6 +98,10 @@ class RefineCRF(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, iterations: Any = None) -> bool | str:  # type: ignore[override]
+        return checked({"iterations": ITERATIONS}, {"iterations": iterations})
+
+    @classmethod
     def execute(  # type: ignore[override]
         cls,
         image: Tensor,
@@ -108,7 +109,7 @@ class RefineCRF(io.ComfyNode):
         preset: str,
         together: bool,
         soft: bool,
-        iterations: int = 0,
+        iterations: str = AUTOMATIC,
         working_size: int = 512,
         strength: float = 1.0,
     ) -> io.NodeOutput:
@@ -117,8 +118,8 @@ class RefineCRF(io.ComfyNode):
         numbers = PRESETS[preset]
         settings = replace(
             numbers,
-            iterations=iterations or numbers.iterations,
-            working_size=working_size or None,
+            iterations=ITERATIONS.read(iterations) or numbers.iterations,
+            working_size=working_size,
             unary_strength=strength * numbers.unary_strength,
             joint=together,
         )
@@ -145,13 +146,13 @@ def refine(image: Any, mask: Any, settings: CRFSettings, soft: bool) -> Tensor:
     return to_mask(refined)
 
 
-class CompareMasks(io.ComfyNode):
+class CompareConceptMasks(io.ComfyNode):
     """Measure how well masks agree (intersection over union)."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="CompareMasks",
+            node_id="CompareConceptMasks",
             display_name="Compare Masks (IoU)",
             category=MASKS,
             search_aliases=["iou", "mask accuracy", "intersection over union", "mask difference"],

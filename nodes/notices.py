@@ -69,7 +69,7 @@ def needs_model(graph: Graph, inputs: Mapping[str, Any]) -> bool:
     node = graph.get(str(source[0]), {}) if isinstance(source, list) else {}
     told = node.get("inputs", {})
     if node.get("class_type") == "LearnConcepts":
-        return bool(told.get("joint") != "none")
+        return bool(told.get("joint") != "nothing")
     if node.get("class_type") == "LoadConcepts":
         concepts = concepts_in_file(str(told.get("name")))
         return concepts is None or bool(concepts.weights)

@@ -9,6 +9,7 @@ CATEGORY = "concepts"
 Concepts = io.Custom("VISUAL_CONCEPTS")
 Condition = io.Custom("VISUAL_CONDITION")
 Examples = io.Custom("CONCEPT_EXAMPLES")
+Settings = io.Custom("CONCEPT_SETTINGS")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 ADVANCED = {"extra_dict": {"advanced": True}}

@@ -11,21 +11,44 @@ from comfy_api.latest import io
 from ..em_core.errors import Notice, UserError
 from ..em_core.examples import Example
 from ..em_core.masks.resizing import cut, resize
-from ..em_core.presets import em_settings, vico, visual_settings
+from ..em_core.presets import vico, visual_settings
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.visual import with_reference
 from ..em_core.runs.visual_condition import VisualCondition
 from ..em_core.settings import EMSettings, JointSettings, VisualSettings
+from ..em_core.show.words import say_masks
+from .automatic import AUTOMATIC, Number, advanced_inputs, checked, read
 from .host.comfy_host import ComfyHost
 from .host.families import identify
 from .host.visual import apply_visual
-from .learn import changed, count, number
+from .learn import FIND
 from .learning.flow import Request, fulfil
-from .learning.plans import CHOICES
+from .learning.plans import AUTO, CHOICES
 from .pictures import masks_of, pictures_of
-from .results import curves_image, loss_map, mask_stack
-from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, schema
-from .telling import told_on_node
+from .results import curves_image, loss_map, mask_stack, with_masks
+from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, Settings, schema
+from .settings import MODES, Chosen, em_of, renamed
+from .telling import on_node, told_on_node
+
+SEVERAL, VICO = "several concepts", "one concept (ViCo)"
+NUMBERS = {
+    "em_steps": Number(
+        "token steps",
+        "How many training steps the tokens get before the blocks.",
+        1, 20000,
+    ),
+    "learning_rate": Number(
+        "learning rate",
+        "How fast the blocks change (their learning rate).",
+        1e-8, 1, whole=False,
+    ),
+    "token_learning_rate": Number(
+        "token learning rate beside the blocks",
+        "How fast the tokens change together with the blocks. With several concepts they are kept as they are "
+        "unless you give a number.",
+        1e-8, 1, whole=False,
+    ),
+}  # fmt: skip
 
 
 class LearnVisualCondition(io.ComfyNode):
@@ -48,7 +71,7 @@ class LearnVisualCondition(io.ComfyNode):
             "word) cannot carry. Each concept gets small blocks beside the model, which see the concept in its "
             "picture and act where it is drawn. A finished run is remembered and never trained twice; an "
             "interrupted run continues where it stopped.",
-            inputs=[*main_inputs(), *advanced_inputs()],
+            inputs=[*main_inputs(), *advanced_inputs(NUMBERS)],
             outputs=[
                 Condition.Output(
                     "condition",
@@ -76,8 +99,20 @@ class LearnVisualCondition(io.ComfyNode):
                     display_name="curves",
                     tooltip="A plot of the losses and of the masks' areas.",
                 ),
+                Examples.Output(
+                    "found",
+                    display_name="examples",
+                    tooltip="The examples with the masks that were found, each at its picture's size. Connect them "
+                    "to Concept Mask by Name or Save Training Set.",
+                ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(  # type: ignore[override]
+        cls, em_steps: Any = None, learning_rate: Any = None, token_learning_rate: Any = None
+    ) -> bool | str:
+        return checked(NUMBERS, locals())
 
     @classmethod
     def execute(  # type: ignore[override]
@@ -92,35 +127,60 @@ class LearnVisualCondition(io.ComfyNode):
         seed: int,
         memory: str,
         concepts: ConceptSet | None = None,
-        **advanced: Any,
+        settings: Chosen | None = None,
+        em_steps: str = AUTOMATIC,
+        learning_rate: str = AUTOMATIC,
+        token_learning_rate: str = AUTOMATIC,
     ) -> io.NodeOutput:
         if not examples:
             raise UserError("There are no examples to learn from. Connect a Concept Example.")
-        models = identify(model, clip, vae)
-        em, visual = settings_of(models.family, method, masks, steps, seed, advanced)
+        own = read(NUMBERS, locals())
+        models, chosen = identify(model, clip, vae), settings or {}
+        em = em_of(models.family, masks, seed, chosen)
+        em, visual = phases(em, models.family, method, steps, own, chosen)
         request = Request(models, tuple(examples), em, JointSettings(), memory, visual, concepts)
-        with told_on_node():
+        with told_on_node() as told:
             condition = fulfil(request)
         learned = condition.concepts
-        outputs = (mask_stack(learned, examples), loss_map(learned), curves_image(learned))
-        return io.NodeOutput(condition, learned, *outputs)
+        return io.NodeOutput(
+            condition,
+            learned,
+            mask_stack(learned, examples),
+            loss_map(learned),
+            curves_image(learned),
+            with_masks(examples, learned),
+            ui=on_node(*summary(learned, request.has_em or method != VICO), *told),
+        )
 
 
-def settings_of(
-    family: str, method: str, masks: str, steps: int, seed: int, advanced: dict[str, Any]
+def summary(learned: ConceptSet, has_masks: bool) -> list[str]:
+    """Return what came of a run, in lines for the node."""
+    words = " and ".join(f"<{name}>" for name in learned.names)
+    return [
+        f"Masks: {say_masks(learned.masks)}." if has_masks else "",
+        f"Write {words} in a prompt behind Apply Visual Condition.",
+    ]
+
+
+def phases(
+    em: EMSettings, family: str, method: str, steps: int, own: Chosen, chosen: Chosen
 ) -> tuple[EMSettings, VisualSettings]:
-    """Return the settings of both phases: the family's defaults with the node's inputs applied.
+    """Return the settings of both phases: the family's defaults with the nodes' inputs applied.
+
+    Args:
+        own: this node's numbers that are not automatic.
+        chosen: those of a Concept Settings node.
 
     Raises:
         UserError: a value is out of range.
     """
-    em = replace(em_settings(family), mode=masks, seed=seed)
-    em = replace(em, **changed(advanced, {"resolution": "image_side", "em_steps": "steps"}))
+    em = replace(em, **renamed(own, {"em_steps": "steps"}))
     visual = replace(visual_settings(family), steps=steps)
-    if method == "vico":
+    if method == VICO:
         em, visual = vico(em, visual)
-    names = ("learning_rate", "token_learning_rate", "batch")
-    return em, replace(visual, **changed(advanced, {name: name for name in names}))
+    names = ("learning_rate", "token_learning_rate")
+    visual = replace(visual, **renamed(own, {name: name for name in names}))
+    return em, replace(visual, **renamed(chosen, {"batch": "batch"}))
 
 
 def main_inputs() -> list[Any]:
@@ -138,18 +198,18 @@ def main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "method",
-            options=["default", "vico"],
-            default="default",
-            tooltip="default: tokens and masks are found first (EM), then the blocks learn to look inside the "
-            "masks, for any number of concepts. vico: the method as it was published, for one concept, without "
+            options=[SEVERAL, VICO],
+            default=SEVERAL,
+            tooltip="several concepts: tokens and masks are found first (EM), then the blocks learn to look inside "
+            "the masks, for any number of concepts. one concept (ViCo): the method as it was published, without "
             "masks.",
         ),
         io.Combo.Input(
             "masks",
-            options=["em", "fixed", "given"],
-            default="em",
-            tooltip="Where the masks come from. em: found at the start and updated while the tokens learn. "
-            "fixed: found once at the start. given: taken from the examples.",
+            options=[words for words in MODES if words != "none"],
+            default=FIND,
+            tooltip="Where the masks come from. find and improve: found at the start and improved while the "
+            "tokens learn (EM). find once: found at the start and kept. given: taken from the examples.",
         ),
         io.Int.Input(
             "steps",
@@ -170,8 +230,9 @@ def main_inputs() -> list[Any]:
             "memory",
             display_name="memory plan",
             options=CHOICES,
-            default="auto",
-            tooltip="How to spend the graphics card's memory, as in Learn Concepts. auto goes by what is free.",
+            default=AUTO,
+            tooltip="How to spend the graphics card's memory, as in Learn Concepts. automatic goes by what is "
+            "free.",
         ),
         Concepts.Input(
             "concepts",
@@ -180,34 +241,12 @@ def main_inputs() -> list[Any]:
             "examples mark, their tokens stay as they are and only the blocks learn. A LoRA that was learned with "
             "them acts meanwhile.",
         ),
+        Settings.Input(
+            "settings",
+            optional=True,
+            tooltip="What few users change, from Concept Settings: all but its 'also train' counts here.",
+        ),
     ]
-
-
-def advanced_inputs() -> list[Any]:
-    """Return the inputs that few users change; 0 means the value that suits the model."""
-    return [
-        count(
-            "em_steps", "token steps",
-            "How many training steps the tokens get before the blocks.", 20000,
-        ),
-        count(
-            "resolution", "learning size (pixels)",
-            "Pictures are resized to the area of a square with this side, in pixels. Lower it to save memory.",
-            2048, 8,
-        ),
-        count(
-            "batch", "samples per step",
-            "How many noisy versions of a picture each step learns from.", 8,
-        ),
-        number(
-            "learning_rate", "learning rate",
-            "How fast the blocks change (their learning rate).",
-        ),
-        number(
-            "token_learning_rate", "token learning rate",
-            "How fast the tokens change together with the blocks. The default method keeps them.",
-        ),
-    ]  # fmt: skip
 
 
 class ApplyVisualCondition(io.ComfyNode):

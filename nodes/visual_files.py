@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..em_core.exchange.saving import numbered, require_case, require_name
 from ..em_core.runs.visual_condition import VisualCondition
-from .files import SUFFIX, folder_of
+from .files import SUFFIX, folder_of, why_bad_name
 from .schema import CATEGORY, Condition, schema
 from .telling import told_on_node
 
@@ -48,6 +49,10 @@ class SaveVisualCondition(io.ComfyNode):
             ],
             outputs=[],
         )
+
+    @classmethod
+    def validate_inputs(cls, name: Any = None) -> bool | str:  # type: ignore[override]
+        return why_bad_name(name) or True
 
     @classmethod
     def execute(  # type: ignore[override]

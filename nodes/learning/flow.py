@@ -50,7 +50,7 @@ class Request:
         models: of the graph.
         examples: to learn from.
         em, joint: settings of the EM loop and of the joint phase.
-        memory: name of a memory plan, or "auto".
+        memory: name of a memory plan, or "automatic".
         visual: settings of the visual phase, if a condition is to be learned.
         concepts: learned concepts that it starts from.
     """
@@ -159,7 +159,7 @@ def train_within_memory(request: Request, tries: list[Attempt], key: str, store:
     raise UserError(
         f"Not enough memory to learn, even with the plan {attempt.plan.name} and {attempt.batch} sample "
         "per step. The model has been unloaded. Use a smaller resolution, close other programs that use "
-        "the graphics card, or learn tokens only (set joint to none)."
+        "the graphics card, or learn tokens only (set 'also train' to nothing)."
     )
 
 

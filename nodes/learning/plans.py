@@ -44,7 +44,7 @@ PLANS = (
     Plan("half, recomputing", half=True, recompute=True),
     Plan("fp8, recomputing", half=True, fp8=True, recompute=True),
 )
-AUTO = "auto"
+AUTO = "automatic"
 CHOICES = [AUTO, *(plan.name for plan in PLANS)]
 
 
@@ -99,7 +99,7 @@ class Attempt:
 
 
 def choose(name: str, joint: JointSettings, device: Device) -> tuple[Plan, ...]:
-    """Return the plan of this name, or the best one for "auto", and all smaller ones after it.
+    """Return the plan of this name, or the best one for "automatic", and all smaller ones after it.
 
     Whole weights are learned in float32. Tokens and LoRAs are float32 anyway, so that the frozen UNet
     is in half precision wherever the device computes in it.

@@ -5,6 +5,10 @@ from typing import Any
 
 from server import Builder, Node
 
+MAIN: dict[str, Any] = {
+    "mode": "find and improve", "steps": 8, "seed": 0, "joint": "nothing", "memory": "automatic",
+}  # fmt: skip
+"""LearnConcepts' own inputs, with what tests mostly use."""
 PROMPT = "a photo of <rex> and <doll> on grass"
 
 
@@ -20,20 +24,23 @@ class Parts:
 
 
 def learning(patch: str = "", patch_inputs: dict[str, Any] | None = None, **changes: Any) -> Parts:
-    """Demo model, demo scene, example, and LearnConcepts with few steps; `patch` is a node on MODEL."""
+    """Demo model, demo scene, example, and LearnConcepts with few steps; `patch` is a node on MODEL.
+
+    Changes are of LearnConcepts' own inputs, or else of Concept Settings'.
+    """
     b = Builder()
-    model = b.add("LoadDemoModel")
-    scene = b.add("DemoScene", seed=3, kind="A")
+    model = b.add("LoadConceptDemoModel")
+    scene = b.add("ConceptDemoScene", seed=3, kind="A")
     examples = b.add("ConceptExample", image=scene, prompt=scene[1], masks=scene[2])
     patched = b.add(patch, model=model, **(patch_inputs or {})) if patch else model
-    inputs: dict[str, Any] = {
-        "mode": "em", "steps": 8, "seed": 0, "joint": "none", "memory": "auto", "e_step_every": 4,
-        "batch": 2, "crf": "demo",
-    }  # fmt: skip
-    inputs |= changes
-    learn = b.add(
-        "LearnConcepts", model=patched, clip=model[1], vae=model[2], examples=examples, **inputs
+    own = {name: changes.pop(name, value) for name, value in MAIN.items()}
+    settings = b.add(
+        "ConceptSettings", **({"e_step_every": 4, "batch": 2, "crf": "demo"} | changes)
     )
+    learn = b.add(
+        "LearnConcepts", model=patched, clip=model[1], vae=model[2], examples=examples,
+        settings=settings, **own,
+    )  # fmt: skip
     return Parts(b, model, scene, examples, learn)
 
 

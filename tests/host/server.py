@@ -31,6 +31,18 @@ class Failed(Exception):
         self.message, self.node = message, node
 
 
+def refused(answer: str) -> Failed:
+    """What ComfyUI says when it does not take a graph: the first error of a node, or all of it."""
+    try:
+        nodes = json.loads(answer)["node_errors"]
+    except (ValueError, KeyError):
+        return Failed(answer, "validation")
+    for node in nodes.values():
+        for error in node["errors"]:
+            return Failed(f"{error['message']}: {error['details']}", node["class_type"])
+    return Failed(answer, "validation")
+
+
 class Server:
     """A running ComfyUI with folders of its own."""
 
@@ -109,7 +121,7 @@ class Server:
             with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            raise Failed(error.read().decode(), "validation") from error
+            raise refused(error.read().decode()) from error
         return json.loads(text) if text else None
 
     def queue(self, graph: Graph) -> str:

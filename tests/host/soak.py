@@ -50,18 +50,28 @@ class Seen:
 
 def settings(chance: random.Random) -> dict[str, Any]:
     """Random inputs of LearnConcepts, for a run of a few steps."""
-    joint = chance.choice(["none", "none", "lora", "lora", "cross_attention", "full"])
-    plans = ["auto", "auto", "float32", "float32, recomputing"]
-    if joint in ("none", "lora"):
+    joint = chance.choice(["nothing", "nothing", "LoRA", "LoRA", "cross-attention", "all weights"])
+    plans = ["automatic", "automatic", "float32", "float32, recomputing"]
+    if joint in ("nothing", "LoRA"):
         plans += ["half", "half, recomputing"]
+    find = "find and improve"
     return {
-        "mode": chance.choice(["em", "em", "em", "fixed", "given", "none"]),
+        "mode": chance.choice([find, find, find, "find once", "given", "none"]),
         "steps": chance.randint(2, 4), "seed": chance.randrange(10**6), "joint": joint,
-        "joint_steps": chance.randint(1, 2), "memory": chance.choice(plans),
-        "batch": chance.choice([1, 1, 2]), "vectors": chance.choice([0, 1, 3]),
-        "e_step_every": chance.randint(2, 4), "crf": chance.choice(["auto", "off", "demo"]),
+        "memory": chance.choice(plans),
+    }  # fmt: skip
+
+
+def further_settings(chance: random.Random) -> dict[str, Any]:
+    """Random inputs of ConceptSettings."""
+    automatic = "automatic"
+    return {
+        "joint_steps": chance.randint(1, 2), "batch": chance.choice([1, 1, 2]),
+        "vectors": chance.choice([automatic, 1, 3]), "e_step_every": chance.randint(2, 4),
+        "crf": chance.choice([automatic, "off", "demo"]),
         "otsu": chance.random() < 0.2, "flip": chance.random() < 0.2,
-        "rank": chance.choice([0, 1, 8]), "resolution": chance.choice([0, 32, 48, 48]),
+        "rank": chance.choice([automatic, 1, 8]),
+        "resolution": chance.choice([automatic, 32, 48, 48]),
         "end_of_text_weight": chance.choice([0.0, 0.0005]),
     }  # fmt: skip
 
@@ -76,8 +86,8 @@ def trouble_for(chance: random.Random) -> str:
 def graph(chance: random.Random, trouble: str) -> Builder:
     """Learn from a scene or two, apply what was learned, and draw."""
     b = Builder()
-    model = b.add("LoadDemoModel")
-    scene = b.add("DemoScene", seed=chance.randrange(40), kind=chance.choice("ABCDEFGIJ"))
+    model = b.add("LoadConceptDemoModel")
+    scene = b.add("ConceptDemoScene", seed=chance.randrange(40), kind=chance.choice("ABCDEFGIJ"))
     examples = b.add("ConceptExample", image=scene, prompt=scene[1], masks=scene[2])
     patched: Any = model
     if trouble == "interrupt":
@@ -93,7 +103,7 @@ def graph(chance: random.Random, trouble: str) -> Builder:
         )
     learn = b.add(
         "LearnConcepts", model=patched, clip=model[1], vae=model[2], examples=examples,
-        **settings(chance),
+        settings=b.add("ConceptSettings", **further_settings(chance)), **settings(chance),
     )  # fmt: skip
     masks = {"masks": learn[1]} if chance.random() < 0.3 else {}
     ours = b.add(
@@ -139,7 +149,7 @@ def finish(server: Server, b: Builder, chance: random.Random, trouble: str) -> s
 def look(server: Server, number: int, trouble: str, outcome: str, seconds: float) -> Seen:
     """Hash the user's model, and count what the server holds."""
     b = Builder()
-    model = b.add("LoadDemoModel")
+    model = b.add("LoadConceptDemoModel")
     node, held = b.add("TestModelHash", model=model, clip=model[1]), b.add("TestHeld")
     shown = server.run(b.graph)
     digest, tensors = shown[node.id]["text"][0], int(shown[held.id]["text"][0])

@@ -10,7 +10,7 @@ from server import Builder, Failed, Server
 def example(prompt: str, masks: bool = False, count: int = 2) -> Builder:
     """A graph of a ConceptExample alone."""
     b = Builder()
-    scene = b.add("DemoScene", seed=3, kind="A")
+    scene = b.add("ConceptDemoScene", seed=3, kind="A")
     given = {"masks": b.add("SolidMask", value=1.0, width=64, height=64)} if masks else {}
     b.add("TestDump", value=b.add("ConceptExample", image=scene, prompt=prompt, **given), name="e")
     return b
@@ -116,7 +116,7 @@ def test_full_disk(server: Server) -> None:
     [
         ({"mode": "given"}, "No mask"),
         ({"steps": 0}, "smaller than min"),
-        ({"joint": "full", "memory": "half"}, "does not fit"),
+        ({"joint": "all weights", "memory": "half"}, "does not fit"),
     ],
     ids=["no-masks", "no-steps", "no-memory"],
 )
@@ -152,7 +152,7 @@ def test_a_patch_that_cannot_be_run(server: Server, node: str) -> None:
 
 def test_a_word_that_the_demo_model_does_not_know(server: Server) -> None:
     b = Builder()
-    model = b.add("LoadDemoModel")
+    model = b.add("LoadConceptDemoModel")
     b.add("TestDump", value=b.add("CLIPTextEncode", clip=model[1], text="a dragon"), name="x")
     with pytest.raises(Failed, match="does not know the word 'dragon'"):
         server.run(b.graph)
@@ -160,7 +160,7 @@ def test_a_word_that_the_demo_model_does_not_know(server: Server) -> None:
 
 def test_nothing_known_of_a_name(server: Server) -> None:
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=3, kind="A")
     found = b.add(
         "ExtractLatentMasks",
         model=model,
@@ -176,9 +176,9 @@ def test_nothing_known_of_a_name(server: Server) -> None:
 
 def test_masks_of_another_count(server: Server) -> None:
     b = Builder()
-    scene = b.add("DemoScene", seed=3, kind="A")
+    scene = b.add("ConceptDemoScene", seed=3, kind="A")
     one = b.add("SolidMask", value=1.0, width=64, height=64)
-    b.add("TestDump", value=b.add("CompareMasks", mask=one, reference=scene[2]), name="x")
+    b.add("TestDump", value=b.add("CompareConceptMasks", mask=one, reference=scene[2]), name="x")
     with pytest.raises(Failed, match="one per reference mask"):
         server.run(b.graph)
 

@@ -78,7 +78,9 @@ def test_what_a_node_says_stays_on_it(page: Any, server: Server, nodes: str, sce
     )
     workflow = json.loads((ROOT / "workflows" / "text_to_mask_refined.json").read_text())
     # Another scene each time: what is cached is not run again, and says nothing again.
-    next(n for n in workflow["nodes"] if n["type"] == "DemoScene")["widgets_values"][0] = scene
+    next(n for n in workflow["nodes"] if n["type"] == "ConceptDemoScene")["widgets_values"][0] = (
+        scene
+    )
     page.evaluate(OPEN, workflow)
     values = "() => window.app.graph.serialize().nodes.map(n => [n.id, n.widgets_values ?? []])"
     before = page.evaluate(values)

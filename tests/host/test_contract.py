@@ -12,9 +12,9 @@ from workflow_ui import to_api
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IDS = {
     "ConceptExample", "LearnConcepts", "ExtractLatentMasks", "RefineCRF", "ApplyConceptTokens",
-    "SaveConcepts", "LoadConcepts", "LoadDemoModel", "DemoScene", "CompareMasks", "DiscoverConcepts",
-    "EvaluateConcepts",
-    "MaskTrainingConditioning", "SaveTrainingSet",
+    "SaveConcepts", "LoadConcepts", "LoadConceptDemoModel", "ConceptDemoScene",
+    "CompareConceptMasks", "DiscoverConcepts", "EvaluateConcepts", "ConceptSettings", "ConceptMaskByName",
+    "MaskTrainingConditioning", "SaveConceptTrainingSet",
     "LearnVisualCondition", "ApplyVisualCondition", "SaveVisualCondition", "LoadVisualCondition",
 }  # fmt: skip
 
@@ -49,9 +49,11 @@ def test_curves_need_no_matplotlib(comfyui: Path) -> None:
 def test_workflow_runs(server: Server, file: Path) -> None:
     """As shipped, but for fewer steps; no missing node, in the template list with a thumbnail."""
     graph = to_api(json.loads(file.read_text(encoding="utf-8")), server.get("/object_info"))
-    for node in graph.values():
+    few = {"class_type": "ConceptSettings", "inputs": {"joint_steps": 3}}
+    for node in [*graph.values()]:
         if node["class_type"] == "LearnConcepts":
-            node["inputs"] |= {"steps": 4, "joint_steps": 3}
+            graph["few"] = few
+            node["inputs"] |= {"steps": 4, "settings": ["few", 0]}
         if node["class_type"] == "LearnVisualCondition":
             node["inputs"] |= {"steps": 2, "em_steps": 2}
         if node["class_type"] == "KSampler":

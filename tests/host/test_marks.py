@@ -34,7 +34,7 @@ def test_unknown_marks(server: Server, text: str, message: str) -> None:
 
 def test_the_demo_models_own_clip(server: Server) -> None:
     b = Builder()
-    encoding(b.add("LoadDemoModel")[1], b, "a photo of <rex>")
+    encoding(b.add("LoadConceptDemoModel")[1], b, "a photo of <rex>")
     with pytest.raises(Failed, match="connect the CLIP of an Apply Concept Tokens"):
         server.run(b.graph)
 
@@ -74,7 +74,7 @@ def test_one_name_twice(server: Server) -> None:
 )
 def test_examples(server: Server, prompt: str, message: str) -> None:
     b = Builder()
-    scene = b.add("DemoScene", seed=3, kind="A")
+    scene = b.add("ConceptDemoScene", seed=3, kind="A")
     b.add("TestDump", value=b.add("ConceptExample", image=scene, prompt=prompt), name="e")
     with pytest.raises(Failed, match=message) as error:
         server.run(b.graph)
@@ -165,8 +165,8 @@ def test_told_on_the_nodes_of_a_queued_graph(comfyui: Path, server: Server) -> N
 def test_told_where_the_names_are_not_written_out(comfyui: Path, server: Server) -> None:
     """The example's prompt comes from another node: any name may be a concept's."""
     b = Builder()
-    stock = b.add("TestStockClip", clip=b.add("LoadDemoModel")[1])
-    scene = b.add("DemoScene", seed=3, kind="A")
+    stock = b.add("TestStockClip", clip=b.add("LoadConceptDemoModel")[1])
+    scene = b.add("ConceptDemoScene", seed=3, kind="A")
     b.add("TestDump", value=b.add("ConceptExample", image=scene, prompt=scene[1]), name="e")
     marked = b.add("CLIPTextEncode", clip=stock, text="a photo of <any>")
     plain = b.add("CLIPTextEncode", clip=stock, text="a photo <3 of a <lora:x:1> > b")
@@ -177,7 +177,7 @@ def test_told_where_the_names_are_not_written_out(comfyui: Path, server: Server)
 
 def save_tokens(server: Server) -> None:
     """Two concepts and a LoRA, in models/loras/tokens.safetensors, with `sks` and `ohwx` in it."""
-    p = learning(steps=2, joint="lora", joint_steps=2)
+    p = learning(steps=2, joint="LoRA", joint_steps=2)
     given = {"concepts": p.learn, "clip": p.model[1], "overwrite": True, "exports": True}
     p.b.add("SaveConcepts", name="tokens", triggers="rex: sks, doll: ohwx", **given)
     server.run(p.b.graph)
@@ -188,7 +188,7 @@ def test_told_of_tokens_that_nothing_uses(comfyui: Path, server: Server) -> None
     save_tokens(server)
     for text, silent in (("a photo of sks on grass", True), ("a photo of a star", False)):
         b = Builder()
-        model = b.add("LoadDemoModel")
+        model = b.add("LoadConceptDemoModel")
         given = {"lora_name": "tokens.safetensors", "model": model, "strength_model": 1.0}
         alone = b.add("LoraLoaderModelOnly", **given)
         whole = b.add("LoraLoader", clip=model[1], strength_clip=1.0, **given)
@@ -206,7 +206,7 @@ def test_files_of_other_programs_load_as_concepts(server: Server) -> None:
     """An embedding and a LoRA of models/embeddings and models/loras, under names of their own."""
     save_tokens(server)
     b = Builder()
-    model = b.add("LoadDemoModel")
+    model = b.add("LoadConceptDemoModel")
     own = b.add("LoadConcepts", name="tokens.safetensors")
     embedding = b.add("LoadConcepts", name="embeddings/tokens_rex_sd-64.safetensors", concept="max")
     lora = b.add(

@@ -14,7 +14,7 @@ TEXTS = [PROMPT, "(<rex>:1.2), a photo, <doll>, (on grass:0.8)", LONG]
 @pytest.fixture(scope="module")
 def saved(server: Server) -> Server:
     """A server on which two concepts of several vectors, and a LoRA, are learned and saved."""
-    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p = learning(joint="LoRA", joint_steps=4, vectors=3)
     p.b.add(
         "SaveConcepts", concepts=p.learn, name="two", overwrite=True, exports=True, clip=p.model[1],
         triggers="rex: sks ohwx snf, doll: hns bsf gsc",
@@ -42,7 +42,7 @@ def trigger_words(text: str) -> str:
 
 @pytest.mark.parametrize("text", TEXTS, ids=["plain", "weights", "long"])
 def test_conditioning_equals_stock_embeddings(saved: Server, text: str) -> None:
-    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p = learning(joint="LoRA", joint_steps=4, vectors=3)
     lora = p.b.add(
         "LoraLoader", model=p.model, clip=p.model[1], lora_name="two.safetensors",
         strength_model=1.0, strength_clip=1.0,
@@ -66,7 +66,7 @@ def test_conditioning_equals_stock_embeddings(saved: Server, text: str) -> None:
 
 def test_lora_loader_gives_the_same_pictures(saved: Server) -> None:
     before = len(saved.log_text())
-    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p = learning(joint="LoRA", joint_steps=4, vectors=3)
     ours = applied(p)
     lora = p.b.add(
         "LoraLoader", model=p.model, clip=p.model[1], lora_name="two.safetensors",
@@ -100,10 +100,10 @@ def test_core_saves_our_lora(saved: Server) -> None:
 
 
 def test_saved_concepts_load_again(saved: Server) -> None:
-    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p = learning(joint="LoRA", joint_steps=4, vectors=3)
     p.b.add("TestDump", value=applied(p)[1], name="unused")
     b = Builder()
-    model = b.add("LoadDemoModel")
+    model = b.add("LoadConceptDemoModel")
     loaded = b.add("LoadConcepts", name="two.safetensors")
     clip = b.add("ApplyConceptTokens", model=model, clip=model[1], concepts=loaded, strength=1.0)
     b.add("TestDump", value=b.add("CLIPTextEncode", clip=clip[1], text=PROMPT), name="loaded")
@@ -117,11 +117,12 @@ def test_saved_concepts_load_again(saved: Server) -> None:
 def test_strength_zero_is_the_start_words(saved: Server) -> None:
     """At strength 0 a concept of one vector per piece is its words."""
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=3, kind="A")
     example = b.add("ConceptExample", image=scene, prompt="a photo of <rex:red star> on <bg:grass>")
     learn = b.add(
         "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=example, mode="none",
-        steps=3, seed=0, joint="none", memory="auto", vectors=2,
+        steps=3, seed=0, joint="nothing", memory="automatic",
+        settings=b.add("ConceptSettings", vectors=2),
     )  # fmt: skip
     for name, strength in (("zero", 0.0), ("one", 1.0)):
         clip = b.add(
@@ -141,7 +142,7 @@ def test_strength_zero_is_the_start_words(saved: Server) -> None:
 
 def test_layout_in_a_graph(saved: Server) -> None:
     """Masks of everything change nothing; masks of one half do; a patch of another pack keeps acting."""
-    p = learning(joint="lora", joint_steps=4, vectors=3)
+    p = learning(joint="LoRA", joint_steps=4, vectors=3)
     half = p.b.add("SolidMask", value=0.0, width=32, height=64)
     full = p.b.add("SolidMask", value=1.0, width=64, height=64)
     half = p.b.add("MaskComposite", destination=full, source=half, x=32, y=0, operation="multiply")

@@ -15,14 +15,14 @@ def texts(outputs: dict, node: str) -> str:
 
 def test_learn_apply_sample_decode_save(server: Server) -> None:
     """The first graph of a newcomer, with everything of ours in it."""
-    p = learning(joint="lora", joint_steps=3)
+    p = learning(joint="LoRA", joint_steps=3)
     for i, kind in enumerate(("mask", "lora", "loss", "image"), start=1):
         p.b.add("TestDump", value=p.learn[i], name=kind)
     ours = applied(p)
     picture = p.b.add("VAEDecode", samples=sample(p.b, ours, ours[1], PROMPT), vae=p.model[2])
     p.b.add("TestDump", value=picture, name="picture")
     p.b.add("SaveImage", images=picture, filename_prefix="learned")
-    compare = p.b.add("CompareMasks", mask=p.learn[1], reference=p.scene[2])
+    compare = p.b.add("CompareConceptMasks", mask=p.learn[1], reference=p.scene[2])
     p.b.add("TestDump", value=compare[1], name="iou")
     p.b.add("PreviewImage", images=compare[2])
     server.run(p.b.graph)
@@ -88,13 +88,13 @@ def test_patch_of_another_pack_counts_and_survives(server: Server) -> None:
 
 def test_lora_before_learning_counts(server: Server) -> None:
     """A LoRA upstream changes the losses, and the key of the run."""
-    p = learning(joint="lora", joint_steps=3, joint_learning_rate=0.05)
+    p = learning(joint="LoRA", joint_steps=3, joint_learning_rate=0.05)
     p.b.add("SaveConcepts", concepts=p.learn, name="upstream", overwrite=True, exports=True)
     p.b.add("TestDump", value=p.learn[3], name="first")
     server.run(p.b.graph)
     inputs = {"lora_name": "upstream.safetensors", "strength_model": 1.0}
     p = learning(
-        "LoraLoaderModelOnly", inputs, joint="lora", joint_steps=3, joint_learning_rate=0.05
+        "LoraLoaderModelOnly", inputs, joint="LoRA", joint_steps=3, joint_learning_rate=0.05
     )
     p.b.add("TestDump", value=p.learn[3], name="second")
     p.b.add("TestModelHash", model=p.model, clip=p.model[1], after=p.learn)
@@ -115,7 +115,7 @@ def queue_and_wait_for(server: Server, p: Parts, words: str) -> str:
 def test_interrupted_and_queued_again(server: Server) -> None:
     """Stopped in the middle and queued again: the same, bit for bit, as never stopped."""
     slow = {"seconds": 0.015}
-    p = learning("TestSlow", slow, steps=24, seed=6, joint="lora", joint_steps=4)
+    p = learning("TestSlow", slow, steps=24, seed=6, joint="LoRA", joint_steps=4)
     p.b.add("SaveConcepts", concepts=p.learn, name="stopped", overwrite=True, exports=False)
     runs = server.base / "user" / "visual_concepts" / "runs"
     before = set(runs.glob("*.state.safetensors"))
@@ -134,7 +134,7 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     for file in runs.glob("*.concepts.safetensors"):
         file.unlink()
     server.post("/free", {"unload_models": True, "free_memory": True})
-    again = learning("TestSlow", slow, steps=24, seed=6, joint="lora", joint_steps=4)
+    again = learning("TestSlow", slow, steps=24, seed=6, joint="LoRA", joint_steps=4)
     again.b.add("SaveConcepts", concepts=again.learn, name="whole", overwrite=True, exports=False)
     again.b.add("TestDump", value=again.learn[1], name="uncached")
     time.sleep(1)
@@ -244,12 +244,12 @@ def test_twenty_runs(server: Server) -> None:
     """Memory does not grow, and the model is what it was."""
     hashes, sizes = set(), []
     for i in range(20):
-        p = learning(steps=2, seed=100 + i, joint="lora", joint_steps=1, e_step_every=2)
+        p = learning(steps=2, seed=100 + i, joint="LoRA", joint_steps=1, e_step_every=2)
         node = p.b.add("TestModelHash", model=p.model, clip=p.model[1], after=p.learn)
         hashes.add(texts(server.run(p.b.graph), node.id))
         sizes.append(server.resident())
     b = Builder()
-    fresh = b.add("LoadDemoModel")
+    fresh = b.add("LoadConceptDemoModel")
     alone = b.add("TestModelHash", model=fresh, clip=fresh[1])
     hashes.add(texts(server.run(b.graph), alone.id))
     assert len(hashes) == 1
@@ -261,19 +261,21 @@ def test_twenty_runs(server: Server) -> None:
 def test_text_to_mask(server: Server) -> None:
     """Words alone, refined, against the scene's truth: better than covering everything."""
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=3, kind="A")
     found = b.add(
         "ExtractLatentMasks", model=model, clip=model[1], vae=model[2], image=scene, prompt=scene[1],
         passes=10, crf="off",
     )  # fmt: skip
     refined = b.add("RefineCRF", image=scene, mask=found, preset="demo", together=True, soft=False)
     b.add("TestDump", value=found[1], name="heat")
-    compare = b.add("CompareMasks", mask=refined, reference=scene[2])
+    compare = b.add("CompareConceptMasks", mask=refined, reference=scene[2])
     b.add("TestDump", value=compare[1], name="found_iou")
     everything = b.add("SolidMask", value=1.0, width=64, height=64)
     both = b.add("RepeatImageBatch", image=b.add("MaskToImage", mask=everything), amount=2)
     compare = b.add(
-        "CompareMasks", mask=b.add("ImageToMask", image=both, channel="red"), reference=scene[2]
+        "CompareConceptMasks",
+        mask=b.add("ImageToMask", image=both, channel="red"),
+        reference=scene[2],
     )
     b.add("TestDump", value=compare[1], name="chance_iou")
     b.add("TestModelHash", model=model, clip=model[1], after=found)
@@ -285,18 +287,18 @@ def test_text_to_mask(server: Server) -> None:
 def test_discover(server: Server) -> None:
     """Two things without a word: their number, their masks from left to right, and their prompt."""
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="D")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=160, kind="D")
     found = b.add("DiscoverConcepts", model=model, clip=model[1], vae=model[2], image=scene)
-    compare = b.add("CompareMasks", mask=found[1], reference=scene[2])
+    compare = b.add("CompareConceptMasks", mask=found[1], reference=scene[2])
     b.add("TestDump", value=compare[1], name="discovered_iou")
     b.add("TestDump", value=found[1], name="discovered_masks")
     b.add("TestModelHash", model=model, clip=model[1], after=found)
     shown = b.add("PreviewAny", source=found[0])
     learn = b.add(
         "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=found[3], mode="given",
-        steps=2, seed=0, joint="none", memory="auto",
+        steps=2, seed=0, joint="nothing", memory="automatic",
     )  # fmt: skip
-    same = b.add("CompareMasks", mask=learn[1], reference=found[1])
+    same = b.add("CompareConceptMasks", mask=learn[1], reference=found[1])
     b.add("TestDump", value=same[1], name="learned_iou")
     run = server.run(b.graph)
     assert texts(run, shown.id) == "a photo of <concept1> and <concept2>"
@@ -307,7 +309,7 @@ def test_discover(server: Server) -> None:
 
 def test_discover_takes_one_picture(server: Server) -> None:
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="D")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=160, kind="D")
     two = b.add("RepeatImageBatch", image=scene, amount=2)
     found = b.add("DiscoverConcepts", model=model, clip=model[1], vae=model[2], image=two)
     b.add("TestDump", value=found[1], name="unreached")
@@ -318,12 +320,12 @@ def test_discover_takes_one_picture(server: Server) -> None:
 def test_what_was_not_found_is_told(server: Server) -> None:
     """Four stars are asked for; the picture has one. Learning goes on with what was found."""
     b = Builder()
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=160, kind="A")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=160, kind="A")
     text = "a photo of <a:star> and <b:star> and <c:star> and <d:star>"
     example = b.add("ConceptExample", image=scene, prompt=text)
     learn = b.add(
-        "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=example, mode="em",
-        steps=2, seed=0, joint="none", memory="auto",
+        "LearnConcepts", model=model, clip=model[1], vae=model[2], examples=example, mode="find and improve",
+        steps=2, seed=0, joint="nothing", memory="automatic",
     )  # fmt: skip
     b.add("TestDump", value=learn[1], name="some_masks")
     before = len(server.log_text())

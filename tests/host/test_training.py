@@ -23,7 +23,7 @@ def test_a_masked_loss_in_cores_training(comfyui: Path) -> None:
 
 def prepared(b: Builder, count: int) -> tuple[Node, Node, Node]:
     """The demo model, latents of so many pictures, and their masks: two, of what the scene shows."""
-    model, scene = b.add("LoadDemoModel"), b.add("DemoScene", seed=3, kind="A")
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=3, kind="A")
     latent = b.add("VAEEncode", pixels=scene, vae=model[2])
     return model, b.add("RepeatLatentBatch", samples=latent, amount=count), scene
 
@@ -86,7 +86,7 @@ def test_a_training_set_of_what_was_learned(server: Server) -> None:
     given = {"examples": p.examples, "concepts": p.learn, "layout": "OneTrainer", "name": "found"}
     options = {"overwrite": True, "words": "", "apart": True, "crop": False, "paint_out": False}
     p.b.graph[p.examples.id]["inputs"].pop("masks")
-    p.b.add("SaveTrainingSet", **given, **options)
+    p.b.add("SaveConceptTrainingSet", **given, **options)
     p.b.add("TestDump", value=p.learn[1], name="masks")
     server.run(p.b.graph)
     folder = server.base / "output" / "training_sets" / "found"

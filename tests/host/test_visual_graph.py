@@ -14,8 +14,8 @@ TEXT = "a photo of <rex> on sand"
 def condition(p: Parts, patch: str = "", **changes: object) -> Node:
     """Learn Visual Condition on a graph's examples, in few steps."""
     inputs = {
-        "method": "default", "masks": "fixed", "steps": 4, "seed": 0, "memory": "auto", "em_steps": 2,
-        "batch": 1,
+        "method": "several concepts", "masks": "find once", "steps": 4, "seed": 0,
+        "memory": "automatic", "em_steps": 2, "settings": p.b.add("ConceptSettings", batch=1),
     } | changes  # fmt: skip
     model = p.b.add(patch, model=p.model, seconds=0.015) if patch else p.model
     return p.b.add(

@@ -1,4 +1,4 @@
-"""SaveTrainingSet's folder for ComfyUI, read by core's own data-set nodes: `training_set.py FOLDER`."""
+"""SaveConceptTrainingSet's folder for ComfyUI, read by core's own data-set nodes: `training_set.py FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ images = torch.rand(2, 32, 48, 3, generator=g).mul(255).round() / 255
 masks = torch.zeros(4, 32, 48)
 masks[0, 4:20, 4:20] = masks[1, 8:24, 24:40] = masks[2, :9, :9] = masks[3, 20:, 20:] = 1.0
 given = tuple(examples(images, "a photo of <rex:red dog> and <doll> on grass", masks))
-save = part("nodes.dataset").SaveTrainingSet.execute
+save = part("nodes.dataset").SaveConceptTrainingSet.execute
 options = {
     "overwrite": False,
     "words": "rex: sks",
