@@ -33,6 +33,8 @@ class Number:
 
     @property
     def range(self) -> str:
+        if 0 < self.least < 1e-4:
+            return f"a number above 0, at most {self.most:g}"
         kind = "a whole number" if self.whole else "a number"
         return f"{kind} from {self.least:g} to {self.most:g}"
 

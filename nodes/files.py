@@ -107,8 +107,8 @@ class SaveConcepts(io.ComfyNode):
                     min=1,
                     max=1024,
                     optional=True,
-                    tooltip="Of the LoRA for other programs, where whole weights were learned (joint phase "
-                    "cross_attention or full): their change at this rank. The node says how much of it is left "
+                    tooltip="Of the LoRA for other programs, where whole weights were learned (cross-attention "
+                    "or all weights): their change at this rank. The node says how much of it is left "
                     "out. The LoRA for ComfyUI has the whole change.",
                     **ADVANCED,
                 ),

@@ -57,8 +57,7 @@ class LearnConcepts(io.ComfyNode):
                 LoraModel.Output(
                     "lora",
                     display_name="lora",
-                    tooltip="The weights that the joint phase learned, for ComfyUI's Save LoRA. Empty without "
-                    "a joint phase.",
+                    tooltip="The weights that 'also train' learned, for ComfyUI's Save LoRA. Empty with nothing.",
                 ),
                 LossMap.Output(
                     "loss",
