@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Test processes of one thread each: threads of two processes on two cores get in each other's way.
+WORKERS ?= 2
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test lint types tests clean
@@ -30,7 +32,7 @@ types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 tests: $(VENV)/.dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) output build *.egg-info

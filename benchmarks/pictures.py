@@ -21,13 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from em import read_once, read_rows
 from jaxtyping import Float
-from pictures_score import Wanted, judge
+from pictures_score import Spot, Wanted, judge
 from ruler import read
 from torch import Tensor
 
@@ -45,15 +45,20 @@ from em_core.method.problem import Problem, prepare
 from em_core.method.start import initialise
 from em_core.method.state import RunState
 from em_core.pictures import read_picture, save_image, to_image
-from em_core.presets import em_settings, joint_settings
+from em_core.presets import em_settings, joint_settings, vico, visual_settings
+from em_core.prompts import ConceptPrompt
 from em_core.runs.concept_set import ConceptSet, conclude
 from em_core.runs.runner import run
+from em_core.runs.visual import learn_visual
+from em_core.runs.visual_condition import VisualCondition
 from em_core.settings import EMSettings, JointSettings, WeightKind
 
 RESULTS = Path(__file__).parent / "results"
 DRAWINGS = Path("output/pictures")
 FIRST_SCENE, SETS = 2000, "ABC"
 DRAWING_STEPS = 20
+OWN = {"alone_0": 0, "alone_1": 1, "with_known": 0}
+"""Prompts of one concept, and which one."""
 Row = dict[str, Any]
 NAMES = ("set", "scene", "seed", "arm")
 Key = tuple[str, int, int, str]
@@ -70,6 +75,9 @@ class Arm:
         guidance: scale of classifier-free guidance.
         learned: False draws captions that the model knows, and learns nothing.
         once: the tokens are learned under the first masks for half of the steps, then under masks read once.
+        visual: a visual condition comes with it: "ours", or "vico", which learns as published and has no
+            EM loop and knows one concept at a time; `visual_changes` of its settings, and `strength` at
+            which it is drawn.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +86,9 @@ class Arm:
     guidance: float = DEMO_GUIDANCE
     learned: bool = True
     once: bool = False
+    visual: Literal["", "ours", "vico"] = ""
+    visual_changes: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
 
 
 MASKS: dict[str, Arm] = {
@@ -92,6 +103,16 @@ MAIN: dict[str, Arm] = {
     for mask, plain in MASKS.items()
     for name, arm in ((mask, plain), (f"{mask}+lora", replace(plain, joint="lora")))
 } | {"ceiling": Arm(learned=False), "caption": Arm(learned=False)}
+VISUAL: dict[str, Arm] = {
+    "visual": Arm(visual="ours"),
+    "visual+lora": Arm(joint="lora", visual="ours"),
+    "vico": Arm(visual="vico"),
+    "visual_400": Arm(visual="ours", visual_changes={"steps": 400}),
+    "visual_not_gated": Arm(visual="ours", visual_changes={"gated": False}),
+    "visual_tokens_too": Arm(visual="ours", visual_changes={"token_learning_rate": 1e-3}),
+    "visual_not_disturbed": Arm(visual="ours", visual_changes={"disturb": False}),
+    "visual_half": Arm(visual="ours", strength=0.5),
+}
 OTHERS: dict[str, Arm] = {
     **{f"steps_{steps}": Arm({"steps": steps}) for steps in (60, 240, 400, 800)},
     "steps_400_no_decay": Arm({"steps": 400, "decay_after": None}),
@@ -118,7 +139,7 @@ OTHERS: dict[str, Arm] = {
     **{f"guidance_{scale}": Arm(guidance=scale) for scale in (2.0, 5.0, 7.5)},
     **{f"lora_guidance_{s}": Arm(joint="lora", guidance=s) for s in (2.0, 5.0, 7.5)},
 }
-ARMS = MAIN | OTHERS
+ARMS = MAIN | VISUAL | OTHERS
 
 
 @lru_cache
@@ -170,12 +191,38 @@ def concepts_of(key: Key, arm: Arm) -> ConceptSet:
     return conclude(problem, state)
 
 
+def conditions_of(
+    key: Key, arm: Arm, concepts: ConceptSet | None
+) -> list[VisualCondition] | list[None]:
+    """The visual condition that an arm learns from its concepts; ViCo's are of one concept each."""
+    if not arm.visual:
+        return [None]
+    set_, scene, seed, _ = key
+    example = example_with_masks(concept_scene(scene, set_).only)
+    settings, _ = settings_of(arm, 100 * scene + seed)
+    visual = replace(visual_settings(demo_host().identity().family), **arm.visual_changes)
+    if arm.visual == "ours":
+        return [learn_visual(demo_host(), [example], settings, visual, concepts)]
+    ground = concept_scene(scene, set_).only.background
+    published = vico(settings, visual)
+    return [
+        learn_visual(demo_host(), [replace(example, prompt=alone, masks={})], *published)
+        for concept in example.prompt.concepts
+        for alone in [ConceptPrompt.parse(f"a photo of {concept} on {ground}")]
+    ]
+
+
 def prompts_of(
-    picture: ConceptPicture, phrases: Sequence[str], looks: Sequence[Look], rng: np.random.Generator
+    picture: ConceptPicture,
+    phrases: Sequence[str],
+    looks: Sequence[Look],
+    places: Mapping[Look, Spot],
+    rng: np.random.Generator,
 ) -> Prompts:
     """What is drawn of a scene's things, which `phrases` call in prompts: kind -> prompt, what it asks for.
 
     The known thing is one that the demo model was trained on and that shares nothing with the first.
+    `places` says where the picture has the things, if it is them.
     """
     here = picture.background
     elsewhere = next(place for place in OTHER_PLACES if place != here)
@@ -192,7 +239,10 @@ def prompts_of(
         "other_order": (phrases[::-1], looks[::-1], here),
     }
     return {
-        kind: (f"a photo of {' and '.join(words)} on {ground}", Wanted(tuple(of), ground))
+        kind: (
+            f"a photo of {' and '.join(words)} on {ground}",
+            Wanted(tuple(of), ground, places, here if places else ""),
+        )
         for kind, (words, of, ground) in asked.items()
     }
 
@@ -209,13 +259,15 @@ def asked_of(key: Key) -> Prompts:
     rng = np.random.default_rng(scene)
     found = [picture.objects[i] for i in picture.meant.values() if i is not None]
     looks = [(each.shape, each.colour, each.pattern) for each in found]
+    places = {look: (each.x, each.y) for look, each in zip(looks, found, strict=True)}
     names = [f"<{name}>" for name in picture.meant]
     if arm == "ceiling":
         known = combinations(False)
         looks = [known[int(index)] for index in rng.choice(len(known), len(looks), replace=False)]
     if not ARMS[arm].learned:
-        names = [phrase_of(look) for look in looks]
-    return prompts_of(picture, names, looks, rng)
+        names, places = [phrase_of(look) for look in looks], {}
+    prompts = prompts_of(picture, names, looks, places, rng)
+    return {kind: prompts[kind] for kind in OWN} if ARMS[arm].visual == "vico" else prompts
 
 
 def drawn(
@@ -223,7 +275,8 @@ def drawn(
 ) -> tuple[dict[str, Float[Tensor, "b 3 64 64"]], dict[str, float]]:
     """An arm's pictures of each kind, and what learning took and gave."""
     arm, began = ARMS[key[3]], time.perf_counter()
-    concepts = concepts_of(key, arm) if arm.learned else None
+    concepts = concepts_of(key, arm) if arm.learned and arm.visual != "vico" else None
+    conditions = conditions_of(key, arm, concepts)
     told = {"seconds": round(time.perf_counter() - began, 1)}
     if concepts is not None:
         ious = [
@@ -234,7 +287,15 @@ def drawn(
     # Half the time, and no difference to be seen: .004 in the mean of values 0 to 1.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pictures = {
-            kind: demo_host().generate(prompt, concepts, seeds, DRAWING_STEPS, arm.guidance)
+            kind: demo_host().generate(
+                prompt,
+                concepts,
+                seeds,
+                DRAWING_STEPS,
+                arm.guidance,
+                condition=conditions[OWN.get(kind, 0) % len(conditions)],
+                strength=arm.strength,
+            )
             for kind, (prompt, _) in asked_of(key).items()
         }
     return pictures, told

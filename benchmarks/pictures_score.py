@@ -1,7 +1,8 @@
 """What a picture is worth: its things against those that its prompt asked for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy import ndarray
@@ -9,16 +10,31 @@ from ruler import BACKGROUNDS, Reading, Thing
 from scipy.optimize import linear_sum_assignment
 
 from em_core.demo.captions import Look
+from em_core.demo.rendering import SIZE
 
 PARTS = ("shape", "colour", "pattern")
 
 
+NEAR = SIZE / 8
+"""Pixels within which a thing stands where the learned picture has it."""
+Spot = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What a prompt asks for: the looks of its things, and its background."""
+    """What a prompt asks for.
+
+    Attributes:
+        looks: of its things.
+        background: its background.
+        places: where the picture that was learned from has those of its things that it shows.
+        ground: that picture's background.
+    """
 
     looks: tuple[Look, ...]
     background: str
+    places: Mapping[Look, Spot] = field(default_factory=dict)
+    ground: str = ""
 
 
 def judge(reading: Reading, wanted: Wanted) -> dict[str, float]:
@@ -30,16 +46,22 @@ def judge(reading: Reading, wanted: Wanted) -> dict[str, float]:
     - `all_once`: all wanted things are there once, and nothing else.
     - `mixing`: some thing has one wanted thing's shape, and another one's colour or pattern.
     - `extra`: there are more things than wanted ones. `background`: it is the right one.
+    - `same_place`: share of the things learned that stand where the learned picture has them; `same_ground`:
+      another background was asked for, and the learned picture's came.
     - `score`: sum of the wanted things' mean soft values, divided by the number of things, wanted or
       seen, whichever is larger.
     """
     soft = resemblances(reading.things, wanted.looks)
     values = np.zeros((len(wanted.looks), 3))
     right = np.zeros((len(wanted.looks), 3))
+    near = dict.fromkeys(wanted.places.keys() & wanted.looks, False)
     rows, columns = linear_sum_assignment(soft.mean(axis=2), maximize=True)
     for row, column in zip(rows, columns, strict=True):
+        thing, look = reading.things[column], wanted.looks[row]
+        if look in near:
+            near[look] = math.dist((thing.x, thing.y), wanted.places[look]) <= NEAR
         values[row] = soft[row, column]
-        right[row] = agrees(reading.things[column], wanted.looks[row])
+        right[row] = agrees(thing, look)
     once = [is_once(reading.things, look) for look in wanted.looks]
     most = max(len(wanted.looks), len(reading.things))
     judged = {part: right[:, i].mean() for i, part in enumerate(PARTS)}
@@ -51,6 +73,8 @@ def judge(reading: Reading, wanted: Wanted) -> dict[str, float]:
         "extra": len(reading.things) > len(wanted.looks),
         "background": reading.background == wanted.background,
         "soft_background": reading.grounds[BACKGROUNDS.index(wanted.background)],
+        "same_place": np.mean(list(near.values())) if near else 0.0,
+        "same_ground": reading.background == wanted.ground != wanted.background,
         "score": values.mean(axis=1).sum() / most,
     }
     return {name: float(value) for name, value in judged.items()}

@@ -8,13 +8,13 @@ that both arms have, so the table can be made before all runs are there.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from em import read_rows
 from em_table import Line, Runs, interval, less, markdown, shown
-from pictures import ARMS, MAIN, RESULTS, Row
+from pictures import ARMS, MAIN, OWN, RESULTS, VISUAL, Row
 
 TOGETHER = ("together", "elsewhere", "other_order")
 """Prompts of all concepts; these and the one with a known thing can mix."""
@@ -27,13 +27,19 @@ COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mixing": ("mixing", (*TOGETHER, "with_known")),
     "extra things": ("extra", ()),
     "background": ("background", ()),
+    "same place": ("same_place", ()),
+    "same ground": ("same_ground", ("elsewhere",)),
 }
+VISUAL_COLUMNS = ("score", "shape", "colour", "pattern", "background", "same place")
 Aim = tuple[str, str, str, Callable[[float], bool]]
 
 
-def values(rows: Sequence[Row], arm: str, column: str, sets: str = "") -> Runs:
-    """Scene and seed -> mean of a judgement over the prompts that it is of."""
+def values(
+    rows: Sequence[Row], arm: str, column: str, sets: str = "", only: Collection[str] = ()
+) -> Runs:
+    """Scene and seed -> mean of a judgement over the prompts that it is of, or `only` some of them."""
     field, kinds = COLUMNS[column]
+    kinds = tuple(only) or kinds
     found: Runs = {}
     for row in rows:
         if row["arm"] == arm and (not sets or row["set"] in sets):
@@ -44,7 +50,8 @@ def values(rows: Sequence[Row], arm: str, column: str, sets: str = "") -> Runs:
                 if not kinds or kind in kinds
                 for each in of_kind
             ]
-            found[row["set"], row["scene"], row["seed"]] = float(np.mean(judged))
+            if judged:
+                found[row["set"], row["scene"], row["seed"]] = float(np.mean(judged))
     return found
 
 
@@ -71,13 +78,31 @@ def differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[s
     return markdown(("difference", *COLUMNS), lines)
 
 
+def visual(rows: Sequence[Row]) -> list[str]:
+    """The visual condition beside its tokens: all prompts, and those of one concept, which ViCo's has."""
+    arms = [arm for arm in VISUAL if any(row["arm"] == arm for row in rows)]
+    lines: list[Line] = []
+    for arm in arms:
+        base = "em+lora" if ARMS[arm].joint == "lora" else "em"
+        for kinds in ((), tuple(OWN)):
+            name = f"`{arm}` over `{base}`" + (", one concept" if kinds else "")
+            cells = []
+            for column in VISUAL_COLUMNS:
+                pair = [values(rows, each, column, only=kinds) for each in (arm, base)]
+                cells.append(shown(interval(less(*pair)), "+"))
+            if kinds or ARMS[arm].visual != "vico":
+                lines.append((name, *cells))
+    return markdown(("difference", *VISUAL_COLUMNS), lines)
+
+
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The paper's claim with and without a LoRA, and each other arm against what it changes."""
     masks = ("none", "fixed", "read_once", "given")
     claim = [(f"em{more}", f"{mask}{more}") for more in ("", "+lora") for mask in masks]
     joint = [(f"{mask}+lora", mask) for mask in ("em", *masks)]
     rest = [(arm, "em" if ARMS[arm].joint == "none" else "em+lora") for arm in arms]
-    return [*claim, *joint, *((arm, base) for arm, base in rest if arm not in MAIN)]
+    drawn = [pair for pair in rest if pair[0] not in MAIN | VISUAL]
+    return [*claim, *joint, *drawn]
 
 
 def aims(rows: Sequence[Row], arm: str) -> list[str]:
@@ -148,6 +173,7 @@ def text(rows: Sequence[Row]) -> list[str]:
         *("## What was aimed at", ""),
         *(line for arm in shown_arms for line in aims(rows, arm)),
         *("## Paired differences", "", *differences(rows, pairs_of(arms))),
+        *("## The visual condition", "", *visual(rows)),
         *("## By set", ""),
         *(line for set_ in sets for line in (f"### {set_}", "", *overview(rows, arms, set_))),
         *("## By prompt", ""),

@@ -86,7 +86,7 @@ def test_the_order_of_things_does_not_matter(order: tuple[int, ...]) -> None:
     things = [[REX, DOLL][i] for i in order]
     judged = judge(reading(things), Wanted((REX, DOLL), "sand"))
     good = {k for k, v in judged.items() if v == 1}
-    assert good == set(judged) - {"mixing", "extra"}
+    assert good == set(judged) - {"mixing", "extra", "same_place", "same_ground"}
 
 
 def test_nothing_is_worth_nothing() -> None:
@@ -101,6 +101,17 @@ def test_scores_by_hand() -> None:
     assert judged["score"] == pytest.approx((2 / 3 + 1) / 3)
     assert judged["pattern"] == 0.5 and judged["shape"] == 1 and judged["extra"] == 1
     assert judged["mixing"] == 0 and judged["once"] == 1 and judged["all_once"] == 0
+
+
+def test_copying_is_told_from_obeying() -> None:
+    """Readings stand in the middle of the picture, on sand."""
+    there, elsewhere = {REX: (34.0, 30.0)}, {REX: (34.0, 50.0)}
+    asked = {ground: Wanted((REX, DOLL), ground, there, "sand") for ground in ("sand", "grass")}
+    judged = {ground: judge(reading([DOLL, REX]), wanted) for ground, wanted in asked.items()}
+    assert judged["sand"]["same_place"] == judged["grass"]["same_place"] == 1
+    assert judged["sand"]["same_ground"] == 0 and judged["grass"]["same_ground"] == 1
+    assert judge(reading([REX]), Wanted((REX,), "sand", elsewhere, "sand"))["same_place"] == 0
+    assert judge(reading([DOLL]), Wanted((DOLL,), "sand", there, "sand"))["same_place"] == 0
 
 
 def test_two_of_a_kind_do_not_mix_by_being_themselves() -> None:
