@@ -10,11 +10,11 @@ from comfy_api.latest import io
 from ..em_core.errors import UserError
 from ..em_core.examples import Example
 from ..em_core.exchange.lora import lora_tensors
+from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.show.words import say_losses, say_masks
 from .host.families import identify
 from .learning.flow import Request, fulfil
-from .learning.plans import AUTO, CHOICES
 from .results import curves_image, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Examples, LoraModel, LossMap, Settings, schema
 from .settings import KINDS, MODES, Chosen, em_of, joint_of, say_automatic

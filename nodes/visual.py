@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..em_core.errors import Notice, UserError
 from ..em_core.examples import Example
 from ..em_core.masks.resizing import cut, resize
+from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.presets import vico, visual_settings
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.visual import with_reference
@@ -23,7 +24,6 @@ from .host.families import identify
 from .host.visual import apply_visual
 from .learn import FIND
 from .learning.flow import Request, fulfil
-from .learning.plans import AUTO, CHOICES
 from .pictures import masks_of, pictures_of
 from .results import curves_image, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, Settings, schema

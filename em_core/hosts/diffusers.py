@@ -4,7 +4,6 @@ It works with any Stable Diffusion 1.x, 2.x or SDXL pipeline folder, and with a 
 checkpoint if diffusers can read it without a network.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from ..model.adapters import (
 from ..model.frozen import freeze_layers
 from ..model.identity import ModelIdentity
 from ..model.layers import AttentionLayer
+from ..model.plans import loss_scale_for
 from ..model.protocol import Conditioning, TextStream
 from ..model.recording import AttentionRecorder
 from ..model.schedules import NoiseSchedule, VariancePreserving
@@ -42,11 +42,18 @@ from ..runs.visual_condition import VisualCondition
 from ..settings import WeightKind
 from .attention import SELF, attention_layers, record_attention
 from .fingerprint import fingerprint
-from .loading import load_pipeline, number_type, require_plain_model, torch_device
+from .loading import (
+    AS_READ,
+    load_pipeline,
+    number_type,
+    require_plain_model,
+    rest_in,
+    torch_device,
+    words_of,
+)
 from .text import SD2_WIDTH, require_learned, require_same_places, text_encoders
 from .visual import looking
 
-LOSS_SCALE = 2.0**16
 PROJECTION = "text_projection.weight"
 ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
 KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
@@ -72,8 +79,11 @@ class DiffusersHost:
         pipeline: the diffusers pipeline; its modules are frozen and in eval mode.
         encoders: its text encoders.
         known_words: the words that the model was trained on, if it knows no others; otherwise None.
-        loss_scale: see :mod:`em_core.model.protocol`; gradients vanish in float16 unless they are scaled.
+        dtype: number type in which the UNet computes.
+        loss_scale, passes_at_once: see :mod:`em_core.model.protocol`.
     """
+
+    passes_at_once = 10
 
     def __init__(
         self,
@@ -82,17 +92,20 @@ class DiffusersHost:
         known_words: frozenset[str] | None = None,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
+        storage: torch.dtype | None = None,
     ) -> None:
         require_plain_model(pipeline)
-        self.pipeline, self.known_words = pipeline, known_words
+        self.pipeline, self.known_words, self.dtype = pipeline, known_words, dtype
         self.device = torch.device(device)
         self.unet, self.vae, self.encoders = pipeline.unet, pipeline.vae, text_encoders(pipeline)
-        for module in (self.unet, self.vae, *(encoder.model for encoder in self.encoders)):
-            module.to(self.device, dtype).eval().requires_grad_(False)
-        freeze_layers(self.unet, *(encoder.model for encoder in self.encoders))
+        rest_in(self.unet, storage or dtype, dtype)
+        others = [encoder.model.to(dtype) for encoder in self.encoders]
+        for module in (self.unet, self.vae.to(dtype), *others):
+            module.to(self.device).eval().requires_grad_(False)
+        freeze_layers(self.unet, *others)
         if recompute:
             self.unet.enable_gradient_checkpointing()
-        self.loss_scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+        self.loss_scale = loss_scale_for(dtype)
         self.sizes: dict[Size, Float[Tensor, "1 6"]] = {}
         config = pipeline.scheduler.config
         pipeline.set_progress_bar_config(disable=True)
@@ -110,6 +123,7 @@ class DiffusersHost:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         recompute: bool = False,
+        storage: torch.dtype | None = None,
     ) -> "DiffusersHost":
         """Load a pipeline folder, a .safetensors checkpoint, or a model on the hub by its name.
 
@@ -122,17 +136,16 @@ class DiffusersHost:
                 it, else float32. Whole weights are learned in float32 only.
             recompute: whether learning computes the UNet's blocks again in the backward pass, which takes
                 less memory and more time.
+            storage: number type in which the UNet's matrices rest, such as torch.float8_e4m3fn; they are
+                cast layer by layer. None is `dtype`.
 
         Raises:
             UserError: diffusers is not installed, or there is no such model, device or number type.
         """
-        words = Path(source) / "words.json"
-        known = (
-            frozenset(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
-        )
         place = torch_device(str(device))
         numbers = number_type(dtype, place) if isinstance(dtype, str) else dtype
-        return cls(load_pipeline(source, numbers), place, known, numbers, recompute)
+        pipeline = load_pipeline(source, numbers if storage is None else AS_READ)
+        return cls(pipeline, place, words_of(source), numbers, recompute, storage)
 
     def attention_layers(self, latent_size: Size) -> tuple[AttentionLayer, ...]:
         return attention_layers(self.unet, latent_size)
@@ -194,7 +207,7 @@ class DiffusersHost:
     def predict(
         self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        dtype = self.unet.dtype
+        dtype = self.dtype
         given = self.size_conditioning(Z_t, conditioning)
         y = conditioning.inputs["y"].to(dtype)
         return self.unet(Z_t.to(dtype), t, y, added_cond_kwargs=given).sample.float()
@@ -211,7 +224,7 @@ class DiffusersHost:
         if size not in self.sizes:
             self.sizes[size] = torch.tensor([[*size, 0.0, 0.0, *size]], device=self.device)
         return {
-            "text_embeds": pooled.to(self.unet.dtype),
+            "text_embeds": pooled.to(self.dtype),
             "time_ids": self.sizes[size].expand(len(pooled), -1),
         }
 

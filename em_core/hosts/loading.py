@@ -1,5 +1,6 @@
 """Loading of Stable Diffusion pipelines, and refusals of what is none."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ..errors import UserError
 from ..model.schedules import Prediction
@@ -19,6 +21,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+AS_READ = torch.float16
+"""In which weights are read that then rest in a narrower type; checkpoints hold hardly anything wider."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -49,6 +53,21 @@ def load_pipeline(source: Path | str, dtype: torch.dtype = torch.float32) -> Any
         f"No model at {source}. Expected a diffusers pipeline folder (with model_index.json), "
         "a .safetensors checkpoint, or the name of a model on the hub (owner/name)."
     )
+
+
+def words_of(source: Path | str) -> frozenset[str] | None:
+    """Return the words that a model knows, from its folder's `words.json`; None is all there are."""
+    file = Path(source) / "words.json"
+    return frozenset(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def rest_in(module: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
+    """Cast a module's weights one by one: those with two axes and more to `storage`, others to
+    `compute`, in which it works."""
+    for weight in module.parameters():
+        weight.data = weight.data.to(storage if weight.ndim > 1 else compute)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(compute) if buffer.is_floating_point() else buffer.data
 
 
 def require_diffusers() -> None:

@@ -155,8 +155,17 @@ def exchanged(
 def differences_applied(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Add `<path>.diff` tensors to the weights while the context is open."""
+    """Add `<path>.diff` tensors to the weights while the context is open.
+
+    Weights that rest in 8 bits are in the differences' type meanwhile, which would else be lost in them.
+    """
     touched = {key.removesuffix(DIFF): parameters[key.removesuffix(DIFF)] for key in tensors}
-    changed = {name: p.detach() + tensors[name + DIFF].to(p) for name, p in touched.items()}
+    changed = {name: with_difference(p, tensors[name + DIFF]) for name, p in touched.items()}
     with exchanged(touched, changed):
         yield
+
+
+def with_difference(weight: Tensor, difference: Tensor) -> Tensor:
+    """Their sum, in the weight's type unless that has 8 bits."""
+    dtype = difference.dtype if weight.dtype.itemsize == 1 else weight.dtype
+    return weight.detach().to(dtype) + difference.to(weight.device, dtype)

@@ -57,19 +57,31 @@ def acts_alone(module: Any, x: Tensor) -> bool:
     return plain and torch.is_grad_enabled() and x.requires_grad
 
 
+def in_type_of(x: Tensor, module: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a layer in the number type of x."""
+    return module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+
+
 def linear(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The `forward` of a linear layer; where nothing would be saved, that of its class."""
-    if args or kwargs or module.weight.dtype == x.dtype or not acts_alone(module, x):
-        return type(module).forward(module, x, *args, **kwargs)
-    return FrozenLinear.apply(x, module.weight, module.bias)
+    """The `forward` of a linear layer; where nothing would be saved, that of its class, but for torch's
+    own, which acts in no other type than its weight's."""
+    own = type(module).forward
+    if args or kwargs or module.weight.dtype == x.dtype:
+        return own(module, x, *args, **kwargs)
+    if acts_alone(module, x):
+        return FrozenLinear.apply(x, module.weight, module.bias)
+    return F.linear(x, *in_type_of(x, module)) if own is nn.Linear.forward else own(module, x)
 
 
 def convolution(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The `forward` of a convolution."""
-    if args or kwargs or not acts_alone(module, x):
-        return type(module).forward(module, x, *args, **kwargs)
+    """The `forward` of a convolution, in the same way."""
+    own = type(module).forward
     options = (module.stride, module.padding, module.dilation, module.groups)
-    return FrozenConvolution.apply(x, module.weight, module.bias, options)
+    if not args and not kwargs and acts_alone(module, x):
+        return FrozenConvolution.apply(x, module.weight, module.bias, options)
+    if args or kwargs or module.weight.dtype == x.dtype or own is not nn.Conv2d.forward:
+        return own(module, x, *args, **kwargs)
+    return F.conv2d(x, *in_type_of(x, module), *options)
 
 
 @contextmanager

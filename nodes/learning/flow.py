@@ -1,21 +1,19 @@
 """Fulfil a request to learn: reuse a finished run, or train within the available memory."""
 
-import gc
-import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.model_management as mm
 import folder_paths
 import torch
 
-from ...em_core.errors import MemoryNotice, Notice, StoreWarning, UserError, is_out_of_memory
+from ...em_core.errors import Notice, StoreWarning
 from ...em_core.examples import Example
-from ...em_core.model.memory import FAMILIES, KINDS, describe
+from ...em_core.model.jobs import Work, job_of, names_in
+from ...em_core.model.plans import Attempt, Plan, attempts, choose
 from ...em_core.runs.concept_set import ConceptSet
 from ...em_core.runs.digest import Unreadable
 from ...em_core.runs.key import run_key
@@ -23,22 +21,14 @@ from ...em_core.runs.learning import learn_concepts
 from ...em_core.runs.store import RunStore
 from ...em_core.runs.visual import learn_visual
 from ...em_core.runs.visual_condition import VisualCondition
+from ...em_core.runs.within_memory import kept_for_now, within_memory
 from ...em_core.settings import EMSettings, JointSettings, VisualSettings
 from ..host.anatomy import anatomy
 from ..host.checkpointing import checkpointing
 from ..host.comfy_host import learning_host
 from ..host.families import GraphModels
 from ..host.identity import models_digest
-from .plans import (
-    Attempt,
-    Device,
-    attempts,
-    choose,
-    first_that_fits,
-    job_of,
-    smaller,
-    visual_job,
-)
+from .memory import GraphMemory, device_of
 from .progress import NodeProgress
 
 
@@ -64,6 +54,11 @@ class Request:
     concepts: ConceptSet | None = None
 
     @property
+    def work(self) -> Work:
+        """What is learned."""
+        return Work(self.examples, self.em, self.joint, self.visual)
+
+    @property
     def kind(self) -> type[Any]:
         """Type of the result."""
         return ConceptSet if self.visual is None else VisualCondition
@@ -72,7 +67,7 @@ class Request:
     def has_em(self) -> bool:
         """Whether the run begins with the EM loop."""
         known = self.concepts.names if self.concepts else ()
-        new = concepts_in(self.examples) - set(known)
+        new = names_in(self.examples) - set(known)
         return self.visual is None or (self.visual.after_em and bool(new))
 
 
@@ -90,8 +85,7 @@ def fulfil(request: Request) -> Any:
         UserError: the input is bad, or there is not enough memory.
         TrainingError: a loss is not finite.
     """
-    device = Device.of(request.models.model)
-    plans = choose(request.memory, request.joint, device)
+    plans = choose(request.memory, request.joint, device_of(request.models.model))
     store, key = run_store(), key_or_none(request)
     found = None if key is None else store.finished(key, request.examples, request.kind)
     if found is not None:
@@ -102,16 +96,8 @@ def fulfil(request: Request) -> Any:
             stacklevel=2,
         )
         return found
-    body = anatomy(request.models)
-    job = job_of(request.models, body, request.examples, request.em, request.joint)
-    if request.visual is not None:
-        job = visual_job(job, body, request.visual, len(concepts_in(request.examples)))
-    tries = list(attempts(plans, device, body, job))
-    if key is not None:
-        return train_within_memory(request, tries, key, store)
-    # Not remembered; but where memory runs out, the next attempt goes on from the last step.
-    with TemporaryDirectory() as folder:
-        return train_within_memory(request, tries, "unnamed", RunStore(folder))
+    with kept_for_now(store if key is not None else None) as kept:
+        return learn(request, plans, key or "unnamed", kept)
 
 
 def key_or_none(request: Request) -> str | None:
@@ -130,69 +116,21 @@ def key_or_none(request: Request) -> str | None:
     return run_key(f"{request.memory} {models}", request.examples, *settings, request.concepts)
 
 
-def concepts_in(examples: Sequence[Example]) -> set[str]:
-    """Return the names of all concepts that the examples mark."""
-    return {name for example in examples for name in example.prompt.names}
-
-
-def train_within_memory(request: Request, tries: list[Attempt], key: str, store: RunStore) -> Any:
-    """Train with the first attempt that fits what is free and, if memory runs out all the same, go on
-    from the last step with the next smaller one.
+def learn(request: Request, plans: Sequence[Plan], key: str, store: RunStore) -> Any:
+    """Learn with the first plan that fits, and with smaller ones if memory runs out all the same.
 
     Raises:
-        UserError: memory runs out with every attempt.
+        UserError: memory runs out with every plan.
     """
+    models, work = request.models, request.work
+    body = anatomy(models)
+    job = job_of(work, body, models.image_side)
+    tries = list(attempts(plans, device_of(models.model), lambda dtype: body, job))
     mm.unload_all_models()
-    left = tries[first_that_fits(tries, free_memory(request)) :]
-    while left:
-        attempt = left[0]
-        announce(request, attempt)
-        try:
-            return train(request, attempt, key, store)
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            logging.warning("Out of memory with the plan %s (%s).", attempt.plan.name, error)
-        # Outside the handler, since the error holds the frames that hold the tensors.
-        make_room()
-        left = smaller(left, attempt)
-    raise UserError(
-        f"Not enough memory to learn, even with the plan {attempt.plan.name} and {attempt.batch} sample "
-        "per step. The model has been unloaded. Use a smaller resolution, close other programs that use "
-        "the graphics card, or learn tokens only (set 'also train' to nothing)."
+    memory = GraphMemory(models.model)
+    return within_memory(
+        tries, lambda attempt: train(request, attempt, key, store), memory, work, models.family
     )
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether ComfyUI or torch takes an error for exhausted memory."""
-    known = getattr(mm, "is_oom", None)
-    return bool(known and known(error)) or is_out_of_memory(error)
-
-
-def make_room() -> None:
-    """Free all that is not in use."""
-    gc.collect()
-    mm.unload_all_models()
-    mm.soft_empty_cache()
-
-
-def free_memory(request: Request) -> float:
-    """Return how many bytes are free where the MODEL runs."""
-    return float(mm.get_free_memory(request.models.model.load_device))
-
-
-def announce(request: Request, attempt: Attempt) -> None:
-    """Say on the node what was chosen, what it needs, and what else follows from it."""
-    free, need = free_memory(request), attempt.need.device
-    learned = KINDS[request.joint.kind] if request.visual is None else "visual condition"
-    what = f"{FAMILIES.get(request.models.family, 'model')}, {learned}"
-    text = f"{describe(what, need, free)} (memory plan {attempt.plan.name})."
-    wanted = request.em.batch if request.visual is None else request.visual.batch
-    if attempt.batch < wanted:
-        text += f" Samples per step: {attempt.batch} instead of {wanted}."
-    if need > free:
-        text += " This may not suffice; a smaller resolution needs less."
-    warnings.warn(text, MemoryNotice, stacklevel=2)
 
 
 def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:
@@ -200,12 +138,8 @@ def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:
     models, joint = request.models, request.joint
     # Half precision is too coarse to learn the text encoders' own weights, which only this kind does.
     clip_dtype = torch.float32 if joint.kind == "full" else None
-    em, visual = request.em, request.visual
-    if visual is None:
-        em = replace(em, batch=attempt.batch)
-    else:
-        em = replace(em, batch=min(em.batch, attempt.batch))
-        visual = replace(visual, batch=min(visual.batch, attempt.batch))
+    work = request.work.with_batch(attempt.batch)
+    em, visual = work.em, work.visual
     progress = NodeProgress(request.examples[0].picture, em, joint, visual, request.has_em)
     with learning_host(models, attempt.dtype, clip_dtype, attempt.storage) as host:
         host.loss_scale, host.passes_at_once = attempt.loss_scale, attempt.need.passes

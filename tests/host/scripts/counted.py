@@ -48,7 +48,7 @@ def blank(*shape: int) -> torch.Tensor:
 
 def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> dict[str, Any]:
     """Peak of a step and of an E-step's passes, and how often a step waits for the device."""
-    plans, host_module = part("nodes.learning.plans"), part("nodes.host.comfy_host")
+    plans, host_module = part("em_core.model.plans"), part("nodes.host.comfy_host")
     settings, joint_module = part("em_core.settings"), part("em_core.method.joint")
     models, device = models_of(family), plans.Device(torch.bfloat16, True)
     plan = next(plan for plan in plans.PLANS if plan.name == SHORT[plan_name])
@@ -57,9 +57,10 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     body = part("nodes.host.anatomy").anatomy(models)
     prompt = part("em_core.prompts").ConceptPrompt.parse(PROMPT)
     example = part("em_core.examples").Example(torch.zeros(3, 64, 64), prompt)
-    job = plans.job_of(models, body, (example,), em, joint)
+    jobs = part("em_core.model.jobs")
+    job = jobs.job_of(jobs.Work((example,), em, joint), body, models.image_side)
     assert (job.height, job.width) == (side // 8, side // 8), job
-    attempt = plans.attempt(plan, device, body, job)
+    attempt = plans.attempt(plan, device, lambda dtype: body, job)
     clip_dtype = torch.float32 if kind == "full" else None
     with (
         host_module.learning_host(models, attempt.dtype, clip_dtype, attempt.storage) as host,

@@ -27,7 +27,7 @@ logging.disable(logging.WARNING)
 
 def run() -> None:
     settings = part("em_core.settings")
-    plans = part("nodes.learning.plans")
+    plans = part("em_core.model.plans")
     host_module, exports = part("nodes.host.comfy_host"), part("em_core.exchange.lora")
     # ComfyUI keeps text encoders in half precision; the phase that trains them has to cope with it.
     text_type = torch.float16 if kind == "full" else torch.float32

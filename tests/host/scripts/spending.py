@@ -21,7 +21,7 @@ import comfy.model_management as mm  # noqa: E402
 import torch  # noqa: E402
 
 GIB = 2**30
-HOST, PLANS = part("nodes.host.comfy_host"), part("nodes.learning.plans")
+HOST, PLANS = part("nodes.host.comfy_host"), part("em_core.model.plans")
 FLOW, SETTINGS = part("nodes.learning.flow"), part("em_core.settings")
 ERRORS, FROZEN = part("em_core.errors"), part("em_core.model.frozen")
 MEMORY, PROMPTS = part("em_core.model.memory"), part("em_core.prompts")
@@ -154,7 +154,9 @@ def check_choice() -> None:
 
     def tries(joint: Any, device: Any, name: str = "auto") -> list[Any]:
         plans = PLANS.choose(name, joint, device)
-        return list(PLANS.attempts(plans, device, body, replace(job, kind=joint.kind)))
+        return list(
+            PLANS.attempts(plans, device, lambda dtype: body, replace(job, kind=joint.kind))
+        )
 
     half = [("half", 4), *(("half, recomputing", n) for n in (4, 2, 1)), ("fp8, recomputing", 1)]
     wide = [("float32", 4), *(("float32, recomputing", n) for n in (4, 2, 1))]
@@ -163,6 +165,9 @@ def check_choice() -> None:
     assert names(tries(nothing, old)) == [*wide, half[-1]]
     assert names(tries(nothing, card, "float32")) == wide + half
     assert names(tries(nothing, cpu, "half")) == wide
+    assert names(tries(nothing, cpu, "fp8, recomputing")) == wide[1:]
+    no_fp8 = PLANS.Device(torch.bfloat16, False)
+    assert names(tries(nothing, no_fp8, "fp8, recomputing")) == half[1:4]
     every = tries(lora, card)
     assert [one.dtype for one in every] == [torch.bfloat16] * 5
     assert every[-1].storage == torch.float8_e4m3fn and every[-1].loss_scale == 1

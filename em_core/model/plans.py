@@ -1,23 +1,18 @@
 """How a run may spend memory: number types and recomputation, chosen by what it needs and what is free."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import comfy.model_management as mm
 import torch
 
-from ...em_core.errors import UserError
-from ...em_core.examples import Example, fitted_size
-from ...em_core.model.anatomy import Anatomy, Job, Need, Sight, Spending
-from ...em_core.model.visual_memory import needs_of
-from ...em_core.settings import EMSettings, JointSettings, VisualSettings
-from ..host.families import GraphModels
+from ..errors import UserError
+from ..settings import JointSettings
+from .anatomy import Anatomy, Job, Need, Spending
+from .visual_memory import needs_of
 
 WHOLE = ("cross_attention", "full")
 FP8 = torch.float8_e4m3fn
 LOSS_SCALE = 2.0**16
-LETTERS = 300  # about as many as 75 pieces of the vocabulary have
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,7 @@ class Plan:
     """How a run spends memory.
 
     Attributes:
-        name: what the node calls it.
+        name: what it is called where it is chosen.
         half: whether the UNet computes in half precision where the device does; a CPU does not.
         fp8: whether the UNet's matrices rest in fp8 and are cast layer by layer.
         recompute: whether blocks are computed again in the backward pass.
@@ -60,19 +55,6 @@ class Device:
     half: torch.dtype | None
     fp8: bool
 
-    @classmethod
-    def of(cls, model: Any) -> "Device":
-        """What ComfyUI says of a MODEL's device."""
-        device = model.load_device
-        if mm.is_device_cpu(device):
-            return cls(None, False)
-        half = None
-        if mm.should_use_bf16(device):
-            half = torch.bfloat16
-        elif mm.should_use_fp16(device, prioritize_performance=False):
-            half = torch.float16
-        return cls(half, bool(mm.supports_cast(device, FP8)))
-
 
 @dataclass(frozen=True)
 class Attempt:
@@ -94,8 +76,13 @@ class Attempt:
 
     @property
     def loss_scale(self) -> float:
-        """Gradients vanish in float16 unless they are scaled."""
-        return LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        """What the loss is multiplied by before the backward pass."""
+        return loss_scale_for(self.dtype)
+
+
+def loss_scale_for(dtype: torch.dtype) -> float:
+    """Gradients vanish in float16 unless they are scaled."""
+    return LOSS_SCALE if dtype == torch.float16 else 1.0
 
 
 def choose(name: str, joint: JointSettings, device: Device) -> tuple[Plan, ...]:
@@ -118,6 +105,8 @@ def choose(name: str, joint: JointSettings, device: Device) -> tuple[Plan, ...]:
             f"The joint phase {joint.kind!r} does not fit the memory plan {name!r}: it learns whole "
             f"weights, in float32. Expected one of {', '.join(plan.name for plan in fit)}, or {AUTO!r}."
         )
+    if first.fp8 and not device.fp8:
+        first = PLANS[3]
     if device.half is None and first.half and not first.fp8:
         first = PLANS[int(first.recompute)]
     following = fit[fit.index(first) :]
@@ -131,10 +120,17 @@ def can(plan: Plan, device: Device) -> bool:
 
 
 def attempts(
-    plans: tuple[Plan, ...], device: Device, anatomy: Anatomy, job: Job
+    plans: Sequence[Plan], device: Device, anatomy: Callable[[torch.dtype], Anatomy], job: Job
 ) -> Iterator[Attempt]:
     """Yield the plans in turn with the batch that is asked for, then, where blocks are recomputed
-    already, with smaller ones; fp8 only comes with a batch of 1 after these."""
+    already, with smaller ones; fp8 only comes with a batch of 1 after these.
+
+    Args:
+        plans: in the order in which they are tried.
+        device: what the device can do.
+        anatomy: of the model, by the type that its UNet computes in.
+        job: the largest step.
+    """
     for plan in plans:
         batch = min(job.batch, 1) if plan.fp8 and len(plans) > 1 else job.batch
         while True:
@@ -145,55 +141,24 @@ def attempts(
             batch //= 2
 
 
-def attempt(plan: Plan, device: Device, anatomy: Anatomy, job: Job) -> Attempt:
+def attempt(
+    plan: Plan, device: Device, anatomy: Callable[[torch.dtype], Anatomy], job: Job
+) -> Attempt:
     """Return a plan with all that follows from it."""
     dtype = device.half if plan.half and device.half is not None else torch.float32
     storage = FP8 if plan.fp8 else None
     spending = Spending(dtype.itemsize, (storage or dtype).itemsize, plan.recompute)
-    return Attempt(plan, dtype, storage, job.batch, needs_of(anatomy, spending, job))
+    return Attempt(plan, dtype, storage, job.batch, needs_of(anatomy(dtype), spending, job))
 
 
-def job_of(
-    models: GraphModels,
-    anatomy: Anatomy,
-    examples: tuple[Example, ...],
-    em: EMSettings,
-    joint: JointSettings,
-) -> Job:
-    """Return the largest step of a run: that of its largest picture."""
-    side = em.image_side or models.image_side
-    multiple = models.factor * 2 ** max(stage.level for stage in anatomy.stages)
-    pictures = [example.picture for example in examples]
-    sizes = [fitted_size(p.shape[-2], p.shape[-1], side, multiple) for p in pictures]
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    return Job(
-        height=height // models.factor,
-        width=width // models.factor,
-        kind=joint.kind,
-        batch=em.batch,
-        texts=em.batch if em.draws_subsets else 1,
-        chunks=1 + max(len(str(example.prompt)) for example in examples) // LETTERS,
-        concepts=max(len(example.prompt.names) for example in examples),
-        rank=joint.rank,
-        masks=em.mode != "none" and em.has_attention_terms,
-    )
-
-
-def visual_job(job: Job, anatomy: Anatomy, visual: VisualSettings, concepts: int) -> Job:
-    """Return the largest step of a run that learns a visual condition."""
-    tokens = visual.token_learning_rate is not None
-    sight = Sight(concepts, tokens, tokens and visual.reference_gradient)
-    return replace(job, batch=visual.batch, texts=min(job.texts, visual.batch), sight=sight)
-
-
-def first_that_fits(tries: list[Attempt], free: float) -> int:
+def first_that_fits(tries: Sequence[Attempt], free: float) -> int:
     """Return the index of the first attempt that free memory suffices for, else of the smallest."""
     fitting = [i for i, one in enumerate(tries) if one.need.device <= free]
     smallest = min(range(len(tries)), key=lambda i: tries[i].need.running)
     return fitting[0] if fitting else smallest
 
 
-def smaller(tries: list[Attempt], than: Attempt) -> list[Attempt]:
+def smaller(tries: Sequence[Attempt], than: Attempt) -> list[Attempt]:
     """Return the attempts after one that need no more memory."""
     after = tries[tries.index(than) + 1 :]
     return [one for one in after if one.need.device <= than.need.device]
