@@ -12,8 +12,11 @@ from ..examples import Example, NamedMasks
 from ..files import write_text
 from ..hosts.diffusers import DiffusersHost
 from ..hosts.loading import AUTO, DTYPES, torch_device
+from ..hosts.planned import PlannedModel
 from ..method.loop import StepEvent
 from ..method.state import RunState
+from ..model.plans import AUTO as PLAN
+from ..model.plans import CHOICES
 from ..pictures import read_mask, read_picture
 from ..prompts import ConceptPrompt
 from ..show.words import say_missing
@@ -27,8 +30,8 @@ def positive(text: str) -> int:
     return value
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """Add `--model`, `--device` and `--dtype`."""
+def add_source(parser: ArgumentParser) -> None:
+    """Add `--model` and `--device`."""
     parser.add_argument(
         "--model",
         default="demo",
@@ -36,6 +39,11 @@ def add_model(parser: ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_device(parser)
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Add `--model`, `--device` and `--dtype`."""
+    add_source(parser)
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -49,6 +57,28 @@ def add_device(parser: ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument(
         "--device", default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)"
+    )
+
+
+def plan_of(text: str) -> str:
+    """Parse the name of a memory plan, written without the comma and the space; an argparse type."""
+    return text.replace("-", ", ")
+
+
+def add_plan(parser: ArgumentParser) -> None:
+    """Add `--plan`."""
+    names = [name.replace(", ", "-") for name in CHOICES]
+    parser.add_argument(
+        "--plan",
+        type=plan_of,
+        choices=CHOICES,
+        metavar=f"{{{','.join(names)}}}",
+        default=PLAN,
+        help="how to spend the device's memory: auto goes by what is free and by what the run needs. half: half "
+        "precision (bfloat16 where the card has it), for tokens and LoRA. recomputing: slower, computes "
+        "activations twice. fp8: the UNet's weights rest in 8 bits. float32: full precision, which "
+        "cross_attention and full need, and which a CPU takes. When memory runs out, the next smaller plan goes "
+        "on from the last step (default: %(default)s)",
     )
 
 
@@ -71,9 +101,7 @@ def add_guidance(parser: ArgumentParser) -> None:
     )
 
 
-def load_host(
-    model: str, device: str = "cpu", dtype: str = "float32", recompute: bool = False
-) -> DiffusersHost:
+def load_host(model: str, device: str = "cpu", dtype: str = "float32") -> DiffusersHost:
     """Load the model that `--model` names.
 
     Raises:
@@ -82,7 +110,23 @@ def load_host(
     quiet_libraries()
     place = torch_device(device)
     source = model_path() if model == "demo" else model
-    return DiffusersHost.load(source, place, dtype, recompute)
+    return DiffusersHost.load(source, place, dtype)
+
+
+def write_line(text: str) -> None:
+    """Write a line for people, apart from what a command gives."""
+    sys.stderr.write(text + "\n")
+
+
+def load_planned(model: str, device: str, plan: str) -> PlannedModel:
+    """Read the model that `--model` names, to learn on it as `--plan` says.
+
+    Raises:
+        UserError: there is no such model or device.
+    """
+    quiet_libraries()
+    source = model_path() if model == "demo" else model
+    return PlannedModel(source, device, plan, say=write_line)
 
 
 def require_folder(out: Path) -> None:

@@ -3,28 +3,41 @@
 import argparse
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UserError
 from ..examples import Example
-from ..hosts.loading import AUTO
+from ..hosts.diffusers import DiffusersHost
+from ..hosts.planned import Fitting
 from ..method.problem import prepare
 from ..method.start import initialise
+from ..method.state import RunState
+from ..model.jobs import Work
 from ..pictures import read_picture
 from ..presets import em_settings, joint_settings, literal
+from ..prompts import ConceptPrompt
+from ..runs.concept_set import ConceptSet
 from ..runs.finding import discover
-from ..runs.key import model_digest, run_key
+from ..runs.key import run_key
 from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
 from ..runs.truth import truth_digest
 from ..settings import EMSettings, JointSettings, Mode
-from .common import Progress, add_model, load_host, read_examples, require_folder
+from .common import (
+    Progress,
+    add_plan,
+    add_source,
+    load_planned,
+    read_examples,
+    require_folder,
+)
 from .results import CONCEPTS, write_results
 from .visual import add_learning_options, concepts_of, visual_of
 
 STATE = "state.safetensors"
 DISCOVER = "discover"
+ANY_PROMPT = ConceptPrompt.parse("<concept>")  # until there is one
 EXAMPLE = """example:
   python -m em_core scene --seed 3 --out output/scene
   python -m em_core learn --image output/scene/image.png \\
@@ -59,12 +72,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--overwrite", action="store_true", help="replace the concepts of a finished run in --out"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    parser.add_argument(
-        "--recompute",
-        action="store_true",
-        help="compute the model's blocks again in the backward pass, which takes less memory and more time",
-    )
-    add_model(parser)
+    add_plan(parser)
+    add_source(parser)
     parser.set_defaults(run=run_command)
 
 
@@ -162,21 +171,6 @@ def settings_of(args: argparse.Namespace, family: str) -> tuple[EMSettings, Join
     )
 
 
-def dtype_for(args: argparse.Namespace) -> str:
-    """Return the number type to load the model in: whole weights are learned in float32.
-
-    Raises:
-        UserError: whole weights are to be learned, and another type is asked for.
-    """
-    whole = args.joint in ("cross_attention", "full")
-    if whole and args.dtype not in (AUTO, "float32"):
-        raise UserError(
-            f"--joint {args.joint} learns whole weights, in float32; got --dtype {args.dtype}. Leave --dtype out, "
-            "or use --joint lora."
-        )
-    return "float32" if whole else args.dtype
-
-
 def run_command(args: argparse.Namespace) -> int:
     """Learn and write the results; a run that is stopped says how to continue it."""
     require_folder(args.out)
@@ -185,36 +179,77 @@ def run_command(args: argparse.Namespace) -> int:
     if not args.overwrite and not args.resume:
         require_no_concepts(args.out / CONCEPTS)
     require_inputs(args)
-    if args.mode == DISCOVER:
-        picture = read_picture(args.image[0])
-    else:
+    examples = [Example(read_picture(args.image[0]), ANY_PROMPT)]
+    if args.mode != DISCOVER:
         examples = read_examples(args.image, args.prompt, args.masks, args.truth)
-    host = load_host(args.model, args.device, dtype_for(args), args.recompute)
-    em, joint = settings_of(args, host.identity().family)
-    if args.mode == DISCOVER:
-        examples = [Example(picture, discover(host, picture, em, args.seed)[0])]
-    em, visual = visual_of(args, em, host.identity().family)
-    known = concepts_of(args, host)
-    key = run_key(model_digest(host), examples, em, joint, visual, known)
-    file = StateFile(state_file, key, truth_digest(examples))
-    problem = prepare(host, examples, em, joint, visual, known.vectors if known else None)
-    started = time.monotonic()
-    progress = Progress(args.quiet)
-    weights = (known.weights, known.lora_scale) if known else ({}, 1.0)
-    with stop_on_signal() as stop, host.applied(*weights):
-        state = file.load(host.device) if args.resume else initialise(problem)
-        file.save(state)
-        state = run(problem, state, [progress], file, stop)
-    progress.close()
-    if not finished(problem, state):
-        way = "To continue, add --resume to the same command."
-        if not file.holds(state):
-            way = f"This step could not be saved in {args.out}; --resume continues from the last one that was."
-        sys.stderr.write(f"Stopped at step {state.step}. {way}\n")
-        return 130
-    write_results(problem, state, args.out, time.monotonic() - started, known)
-    file.remove()
-    return 0
+    model = load_planned(args.model, args.device, args.plan)
+    family = model.identity.family
+    em, joint = settings_of(args, family)
+    em, visual = visual_of(args, em, family)
+    known = concepts_of(args, model.identity)
+    learning = Learning(args, model.digest(joint), known, state_file)
+    return model.carry_out(Work(examples, em, joint, visual), learning)
+
+
+@dataclass
+class Learning:
+    """A run of the command; where memory runs out, the next attempt goes on from its last step.
+
+    Attributes:
+        args: the command's options.
+        model: digest of the model.
+        known: concepts that it starts from.
+        file: where its state is kept.
+        found: what was discovered.
+        started: when it began.
+    """
+
+    args: argparse.Namespace
+    model: str
+    known: ConceptSet | None
+    file: Path
+    found: list[Example] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __call__(self, fitting: Fitting) -> int:
+        """Learn with what fits the memory, and return the command's exit status."""
+        host, work, known, out = fitting.host, fitting.work, self.known, self.args.out
+        examples = work.examples
+        if self.args.mode == DISCOVER:
+            examples = self.found = self.found or self.discovered(host, work)
+        settings = work.em, work.joint, work.visual
+        key = run_key(self.model, examples, *settings, known)
+        file = StateFile(self.file, key, truth_digest(examples))
+        problem = prepare(host, examples, *settings, known.vectors if known else None)
+        progress = Progress(self.args.quiet)
+        weights = (known.weights, known.lora_scale) if known else ({}, 1.0)
+        with stop_on_signal() as stop, host.applied(*weights):
+            state = file.load(host.device) if file.exists() else initialise(problem)
+            file.save(state)
+            state = run(problem, state, [progress], file, stop)
+        progress.close()
+        if not finished(problem, state):
+            say_stopped(file, state)
+            return 130
+        write_results(problem, state, out, time.monotonic() - self.started, known)
+        file.remove()
+        return 0
+
+    def discovered(self, host: DiffusersHost, work: Work) -> list[Example]:
+        """Return the picture with the prompt that names what is in it."""
+        picture = work.examples[0].picture
+        return [Example(picture, discover(host, picture, work.em, self.args.seed)[0])]
+
+
+def say_stopped(file: StateFile, state: RunState) -> None:
+    """Say how to continue."""
+    way = "To continue, add --resume to the same command."
+    if not file.holds(state):
+        way = (
+            f"This step could not be saved in {file.path.parent}; --resume continues from the last one "
+            "that was."
+        )
+    sys.stderr.write(f"Stopped at step {state.step}. {way}\n")
 
 
 def require_inputs(args: argparse.Namespace) -> None:

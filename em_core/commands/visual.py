@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..hosts.diffusers import DiffusersHost
+from ..model.identity import ModelIdentity
 from ..pictures import read_picture
 from ..presets import vico, visual_settings
 from ..runs.concept_set import ConceptSet
@@ -50,7 +51,7 @@ def visual_of(
     return vico(em, visual) if args.visual == "vico" else (em, visual)
 
 
-def concepts_of(args: argparse.Namespace, host: DiffusersHost) -> ConceptSet | None:
+def concepts_of(args: argparse.Namespace, model: ModelIdentity) -> ConceptSet | None:
     """Return the concepts to start from, if any are named.
 
     Raises:
@@ -59,7 +60,7 @@ def concepts_of(args: argparse.Namespace, host: DiffusersHost) -> ConceptSet | N
     if args.concepts is None:
         return None
     concepts = ConceptSet.load(args.concepts)
-    concepts.require_fit(host.identity())
+    concepts.require_fit(model)
     return concepts
 
 

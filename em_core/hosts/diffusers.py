@@ -98,11 +98,13 @@ class DiffusersHost:
         self.pipeline, self.known_words, self.dtype = pipeline, known_words, dtype
         self.device = torch.device(device)
         self.unet, self.vae, self.encoders = pipeline.unet, pipeline.vae, text_encoders(pipeline)
+        text = [encoder.model for encoder in self.encoders]
         rest_in(self.unet, storage or dtype, dtype)
-        others = [encoder.model.to(dtype) for encoder in self.encoders]
-        for module in (self.unet, self.vae.to(dtype), *others):
+        for encoder in text:  # in float32, as the vectors that learn are
+            rest_in(encoder, dtype, torch.float32)
+        for module in (self.unet, self.vae.to(dtype), *text):
             module.to(self.device).eval().requires_grad_(False)
-        freeze_layers(self.unet, *others)
+        freeze_layers(self.unet, *text)
         if recompute:
             self.unet.enable_gradient_checkpointing()
         self.loss_scale = loss_scale_for(dtype)
@@ -394,8 +396,8 @@ class DiffusersHost:
         given = {}
         for kind, (empty, x) in encoded.items():
             away = torch.zeros_like(empty) if self.zero_empty else empty
-            given[names[kind]] = torch.stack([x] * len(seeds))
-            given[f"negative_{names[kind]}"] = torch.stack([away] * len(seeds))
+            given[names[kind]] = torch.stack([x] * len(seeds)).to(self.dtype)
+            given[f"negative_{names[kind]}"] = torch.stack([away] * len(seeds)).to(self.dtype)
         height, width = size or (self.image_side, self.image_side)
         with looking(self, visual, conditioning, len(seeds)), warnings.catch_warnings():
             # Of diffusers' own pipeline, about its own VAE in float16.

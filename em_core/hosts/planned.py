@@ -1,6 +1,7 @@
 """A model of diffusers that is loaded as a memory plan says, which is chosen by what is free."""
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class TorchMemory:
 
     def make_room(self) -> None:
         gc.collect()
-        of_kind = getattr(torch, self.device.type, None)
+        of_kind: Any = getattr(torch, self.device.type, None)
         if hasattr(of_kind, "empty_cache"):
             of_kind.empty_cache()
 
@@ -92,7 +93,11 @@ class PlannedModel:
     """
 
     def __init__(
-        self, source: Path | str, device: torch.device | str = "cpu", plan: str = AUTO
+        self,
+        source: Path | str,
+        device: torch.device | str = "cpu",
+        plan: str = AUTO,
+        say: Callable[[str], None] = logging.info,
     ) -> None:
         """Read the model into the computer's own memory.
 
@@ -101,6 +106,7 @@ class PlannedModel:
             device: where it learns.
             plan: "auto" takes the fastest plan that fits what is free on the device, any other name the
                 plan of that name; if memory runs out all the same, the next smaller one goes on.
+            say: is told what was chosen and what it needs.
 
         Raises:
             UserError: there is no such plan, model or device, or diffusers is not installed.
@@ -108,7 +114,7 @@ class PlannedModel:
         if plan not in CHOICES:
             raise UserError(f"No memory plan {plan!r}. Expected one of {', '.join(CHOICES)}.")
         self.source, self.device, self.plan = source, torch_device(str(device)), plan
-        self.memory = TorchMemory(self.device)
+        self.memory, self.say = TorchMemory(self.device), say
         self.ability = device_of(self.device)
         self._read: DiffusersHost | None = None
         self._digests: dict[torch.dtype, str] = {}
@@ -139,16 +145,15 @@ class PlannedModel:
 
     def host(self, attempt: Attempt) -> DiffusersHost:
         """Return the model on its device, as an attempt says."""
-        if attempt.storage is None:
-            at_rest = self.at_rest(attempt.dtype)
-            given: tuple[Any, ...] = (at_rest.pipeline, self.device, at_rest.known_words)
-            # It leaves the CPU, and must be gone from the device too once the attempt is over.
-            self._read = None
-            host = DiffusersHost(*given, attempt.dtype, attempt.plan.recompute)
+        dtype, recompute, storage = attempt.dtype, attempt.plan.recompute, attempt.storage
+        # What rests on the CPU leaves it, and must be gone from the device once the attempt is over.
+        at_rest = self.at_rest(dtype) if storage is None else None
+        self._read = None
+        if at_rest is not None:
+            known = at_rest.known_words
+            host = DiffusersHost(at_rest.pipeline, self.device, known, dtype, recompute)
         else:
-            self._read = None
-            options = attempt.dtype, attempt.plan.recompute, attempt.storage
-            host = DiffusersHost.load(self.source, self.device, *options)
+            host = DiffusersHost.load(self.source, self.device, dtype, recompute, storage)
         host.loss_scale, host.passes_at_once = attempt.loss_scale, attempt.need.passes
         return host
 
@@ -169,7 +174,7 @@ class PlannedModel:
         def one(attempt: Attempt) -> Result:
             return learn(Fitting(self.host(attempt), work.with_batch(attempt.batch)))
 
-        return within_memory(tries, one, self.memory, work, self.identity.family)
+        return within_memory(tries, one, self.memory, work, self.identity.family, self.say)
 
     def learn_concepts(
         self,

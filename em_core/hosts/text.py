@@ -128,10 +128,15 @@ class TextEncoder:
     def concepts_in_place(
         self, columns: Sequence[Mapping[str, tuple[int, ...]]], vectors: ConceptVectors
     ) -> Iterator[None]:
-        """Put the concepts' vectors at their positions in the token embeddings while the context is open."""
+        """Put the concepts' vectors at their positions in the token embeddings while the context is open.
+
+        From there on the encoder computes in float32, whatever its weights rest in.
+        """
 
         def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            whole = rearrange(output, "(b c) t d -> b (c t) d", b=len(columns)).clone()
+            whole = rearrange(output, "(b c) t d -> b (c t) d", b=len(columns)).to(
+                torch.float32, copy=True
+            )
             for row, positions_by_name in enumerate(columns):
                 for name, positions in positions_by_name.items():
                     of_name = vectors[name][self.name].to(whole)

@@ -1,13 +1,12 @@
 """Runs that take the first memory plan that fits, and go on with a smaller one if memory runs out."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
-from ..errors import MemoryNotice, UserError
+from ..errors import UserError
 from ..model.jobs import Work
 from ..model.memory import describe
 from ..model.plans import Attempt, first_that_fits, smaller
@@ -16,6 +15,7 @@ from .store import RunStore
 Result = TypeVar("Result")
 
 
+@runtime_checkable
 class DeviceMemory(Protocol):
     """The memory of the device that a model runs on, as its host knows it."""
 
@@ -35,17 +35,17 @@ def within_memory(
     memory: DeviceMemory,
     work: Work,
     family: str,
+    say: Callable[[str], None],
 ) -> Result:
     """Learn with the first attempt that fits what is free and, if memory runs out all the same, with
     the next smaller one.
-
-    Each attempt is told by a MemoryNotice.
 
     Args:
         tries: the attempts, in the order in which they are preferred.
         learn: carries an attempt out; it goes on from the last step that was saved.
         memory: of the device.
         work, family: what is learned, on which family of models.
+        say: tells people what was chosen and what it needs, at each attempt.
 
     Raises:
         UserError: memory runs out with every attempt.
@@ -53,7 +53,7 @@ def within_memory(
     left = list(tries[first_that_fits(tries, memory.free()) :])
     while left:
         attempt = left[0]
-        announce(attempt, memory.free(), work, family)
+        say(choice(attempt, memory.free(), work, family))
         try:
             return learn(attempt)
         except Exception as error:
@@ -70,15 +70,15 @@ def within_memory(
     )
 
 
-def announce(attempt: Attempt, free: float, work: Work, family: str) -> None:
-    """Say what was chosen, what it needs, and what else follows from it."""
+def choice(attempt: Attempt, free: float, work: Work, family: str) -> str:
+    """What was chosen, what it needs, and what else follows from it, for people."""
     need = attempt.need.device
     text = f"{describe(work.describe(family), need, free)} (memory plan {attempt.plan.name})."
     if attempt.batch < work.batch:
         text += f" Samples per step: {attempt.batch} instead of {work.batch}."
     if need > free:
         text += " This may not suffice; a smaller resolution needs less."
-    warnings.warn(text, MemoryNotice, stacklevel=3)
+    return text
 
 
 @contextmanager

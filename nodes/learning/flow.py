@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import folder_paths
 import torch
 
-from ...em_core.errors import Notice, StoreWarning
+from ...em_core.errors import MemoryNotice, Notice, StoreWarning
 from ...em_core.examples import Example
 from ...em_core.model.jobs import Work, job_of, names_in
 from ...em_core.model.plans import Attempt, Plan, attempts, choose
@@ -128,9 +128,16 @@ def learn(request: Request, plans: Sequence[Plan], key: str, store: RunStore) ->
     tries = list(attempts(plans, device_of(models.model), lambda dtype: body, job))
     mm.unload_all_models()
     memory = GraphMemory(models.model)
-    return within_memory(
-        tries, lambda attempt: train(request, attempt, key, store), memory, work, models.family
-    )
+
+    def one(attempt: Attempt) -> Any:
+        return train(request, attempt, key, store)
+
+    return within_memory(tries, one, memory, work, models.family, say_on_node)
+
+
+def say_on_node(text: str) -> None:
+    """Show on the node what was chosen."""
+    warnings.warn(text, MemoryNotice, stacklevel=2)
 
 
 def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:

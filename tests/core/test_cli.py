@@ -182,7 +182,7 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
         (["--mode", "given"], "needs --masks"),
         (["--resume"], "Nothing to resume"),
         (["--device", "cuda:99"], "No device 'cuda:99'"),
-        (["--dtype", "bfloat16", "--joint", "full"], "learns whole weights, in float32"),
+        (["--plan", "half", "--joint", "full"], "does not fit the memory plan 'half'"),
         (["--joint", "lora", "--joint-learning-rate", "0"], "Bad learning_rate of the joint phase"),
         (["--model", "nowhere"], "No model at nowhere"),
         (["--truth", "nowhere"], "No folder nowhere"),
@@ -196,16 +196,16 @@ def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_number_type_and_recomputing(scene: Path, tmp_path: Path) -> None:
-    """A CPU takes float32 unless told another; values read from weights tell which they are in."""
-    samples = {}
-    for dtype in ("auto", "float32", "bfloat16"):
-        out = tmp_path / dtype
-        assert main(learn(scene, out, "--steps", "1", "--recompute", "--dtype", dtype)) == 0
-        samples[dtype] = ConceptSet.load(out / "concepts.safetensors").identity.sample
-    assert torch.equal(samples["auto"], samples["float32"])
-    assert torch.equal(samples["bfloat16"], samples["float32"].bfloat16().float())
-    assert not torch.equal(samples["bfloat16"], samples["float32"])
+def test_memory_plans_of_a_cpu(scene: Path, tmp_path: Path, capsys) -> None:
+    """It computes in float32 whatever it is told, and what is computed twice is the same."""
+    found = []
+    for plan, chosen in (("auto", "float32"), ("half-recomputing", "float32, recomputing")):
+        out = tmp_path / plan
+        assert main(learn(scene, out, "--steps", "2", "--plan", plan)) == 0
+        assert f"GB free (memory plan {chosen})." in capsys.readouterr().err
+        found.append(ConceptSet.load(out / "concepts.safetensors"))
+    assert not differences(found[0].vectors, found[1].vectors)
+    assert torch.equal(found[0].identity.sample, found[1].identity.sample)
 
 
 def test_a_folder_that_cannot_be_written(scene: Path, tmp_path: Path, capsys) -> None:
