@@ -22,6 +22,8 @@
 - `em_settings(family)` and `joint_settings(family, kind)` give the settings that suit a model
   (`host.identity().family`), to be changed with `dataclasses.replace`. Their docstrings name the
   source of every value.
+- `PlannedModel(source, device)` learns in the memory that is free: it chooses how by an estimate, and goes
+  on with less if memory runs out all the same.
 - `RunStore(folder)` keeps finished runs and the states of stopped ones. What it cannot keep is told by a
   `StoreWarning`, and the run goes on.
 - Errors meant for the user are `UserError`; `TrainingError` means that a loss was not finite.
@@ -32,6 +34,7 @@ A model of another kind takes part by fulfilling the protocol `em_core.model.pro
 from .errors import StoreWarning, TrainingError, UserError
 from .examples import Example
 from .hosts.diffusers import DiffusersHost
+from .hosts.planned import PlannedModel
 from .masks.crf import CRFSettings
 from .masks.settings import MaskSettings
 from .method.loop import StepEvent
@@ -57,6 +60,7 @@ __all__ = [
     "JointSettings",
     "Learning",
     "MaskSettings",
+    "PlannedModel",
     "RunStore",
     "StepEvent",
     "StoreWarning",

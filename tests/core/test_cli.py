@@ -27,6 +27,7 @@ from em_core.__main__ import main
 from em_core.commands.common import load_host
 from em_core.demo.scenes import concept_scene
 from em_core.errors import StoreWarning
+from em_core.method import loop
 from em_core.model.adapters import init_lora
 from em_core.pictures import read_mask
 from em_core.runs.concept_set import ConceptSet
@@ -206,6 +207,33 @@ def test_memory_plans_of_a_cpu(scene: Path, tmp_path: Path, capsys) -> None:
         found.append(ConceptSet.load(out / "concepts.safetensors"))
     assert not differences(found[0].vectors, found[1].vectors)
     assert torch.equal(found[0].identity.sample, found[1].identity.sample)
+
+
+def test_out_of_memory_goes_on_with_the_next_plan(
+    monkeypatch: pytest.MonkeyPatch, scene: Path, tmp_path: Path, capsys
+) -> None:
+    """From the last step: the result is that of a run that always had enough, and no state is left."""
+    assert main(learn(scene, tmp_path / "enough", "--steps", "4")) == 0
+    m_step, steps = loop.m_step, []
+
+    def failing(problem, state, first):
+        steps.append(state.step)
+        if steps == [0, 1, 2]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return m_step(problem, state, first)
+
+    monkeypatch.setattr(loop, "m_step", failing)
+    capsys.readouterr()
+    assert main(learn(scene, tmp_path / "short", "--steps", "4")) == 0
+    said = capsys.readouterr().err
+    assert said.index("(memory plan float32).") < said.index("(memory plan float32, recomputing).")
+    assert steps == [0, 1, 2, 2, 3]
+    found = [
+        ConceptSet.load(tmp_path / name / "concepts.safetensors") for name in ("enough", "short")
+    ]
+    assert not differences(found[0].vectors, found[1].vectors)
+    assert not differences(found[0].masks, found[1].masks)
+    assert not (tmp_path / "short" / "state.safetensors").exists()
 
 
 def test_a_folder_that_cannot_be_written(scene: Path, tmp_path: Path, capsys) -> None:

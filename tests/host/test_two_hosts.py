@@ -15,6 +15,7 @@ from em_core.demo import model_path
 from em_core.demo.scenes import concept_scene
 from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
+from em_core.hosts.loading import load_pipeline
 from em_core.method.problem import prepare
 from em_core.method.start import initialise
 from em_core.presets import em_settings, joint_settings
@@ -25,13 +26,17 @@ from em_core.settings import to_json
 EM_STEPS, JOINT_STEPS = 12, 4
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """The inputs as a file, and what the diffusers host makes of them."""
+@pytest.fixture(scope="module", params=["float32", "fp8"])
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
+    """The inputs as a file, and what the diffusers host makes of them, also on weights that rest in fp8."""
     torch.set_num_threads(1)
     scene = concept_scene(1, "B")
     picture = torch.from_numpy(scene.image.copy()).permute(2, 0, 1).float() / 255
-    host = DiffusersHost.load(model_path())
+    fp8 = request.param == "fp8"
+    pipeline = load_pipeline(model_path())  # in float32, as the demo node loads it
+    host = DiffusersHost(pipeline, storage=torch.float8_e4m3fn if fp8 else None)
     family = host.identity().family
     em = replace(em_settings(family), steps=EM_STEPS, e_step_every=4, batch=2, vectors=2, seed=3)
     joint = replace(joint_settings(family, "lora"), steps=JOINT_STEPS)
@@ -40,7 +45,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     state = initialise(problem)
     found = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
     state = run(problem, state)
-    plain = {"em": to_json(em), "joint": to_json(joint), "prompt": scene.prompt}
+    plain = {"em": to_json(em), "joint": to_json(joint), "prompt": scene.prompt, "fp8": fp8}
     file = tmp_path_factory.mktemp("case") / "case.safetensors"
     save_file({"picture": picture.contiguous()}, file, metadata={"plain": json.dumps(plain)})
     return file, found | result(state)

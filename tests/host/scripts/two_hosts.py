@@ -27,7 +27,9 @@ def run() -> dict[str, torch.Tensor]:
     example = part("em_core.examples").Example(picture, prompt)
     model_, clip, vae = part("nodes.host.demo_model").load_demo_model(model)
     models = part("nodes.host.families").identify(model_, clip, vae)
-    with part("nodes.host.comfy_host").learning_host(models, torch.float32) as host:
+    storage = torch.float8_e4m3fn if plain["fp8"] else None
+    learning_host = part("nodes.host.comfy_host").learning_host
+    with learning_host(models, torch.float32, None, storage) as host:
         problem = part("em_core.method.problem").prepare(host, [example], em, joint)
         state = part("em_core.method.start").initialise(problem)
         result = {"start": state.pictures[0].maps.clone(), "latent": problem.pictures[0].Z0}
