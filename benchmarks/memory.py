@@ -27,7 +27,7 @@ HEAD = """# What learning needs of a graphics card
 
 Written by `benchmarks/memory.py`; do not edit. No graphics card was used: *counted* is the peak of all
 tensors in real steps of ComfyUI's own classes at full size, on torch's meta device, with attention that
-keeps what every fused kernel keeps. *Estimated* is what the nodes go by. *Free* is the estimate and a
+keeps what every fused kernel keeps. *Estimated* is what the nodes and the command line go by. *Free* is the estimate and a
 reserve for what no tensor shows (the CUDA context, workspaces, fragmentation): 0.5 GiB and 4%. The card
 is the smallest on which that is free when a desktop takes {desktop} GiB, by the estimate alone.
 

@@ -52,9 +52,7 @@ class TorchMemory:
         if device.type == "mps":
             return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
         if of_kind is None or not hasattr(of_kind, "mem_get_info"):
-            import psutil
-
-            return float(psutil.virtual_memory().available)
+            return available()
         held = of_kind.memory_reserved(device) - of_kind.memory_allocated(device)
         return float(of_kind.mem_get_info(device)[0] + held)
 
@@ -66,6 +64,21 @@ class TorchMemory:
 
     def ran_out(self, error: Exception) -> bool:
         return is_out_of_memory(error)
+
+
+def available() -> float:
+    """Return how many bytes of the computer's own memory are free.
+
+    Raises:
+        UserError: psutil is not installed.
+    """
+    try:
+        import psutil
+    except ImportError as error:
+        raise UserError(
+            "Memory plans need psutil, to see what is free. Install it: pip install psutil"
+        ) from error
+    return float(psutil.virtual_memory().available)
 
 
 @dataclass(frozen=True)
