@@ -1,13 +1,14 @@
 """Count the bytes of real steps at full size, on ComfyUI's own classes, and what the model of memory says.
 
-`counted.py FAMILY-SIDE-KIND-PLAN ...`: one line of JSON for each, such as `sdxl-1024-lora-half`.
+`counted.py FAMILY-SIDE-KIND-PLAN ...`: one line of JSON for each, such as `sdxl-1024-lora-half`. Kind
+"visual" is a visual condition, of which tokens and blocks learn.
 """
 
 import itertools
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 cases = sys.argv[1:]
@@ -53,12 +54,15 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     models, device = models_of(family), plans.Device(torch.bfloat16, True)
     plan = next(plan for plan in plans.PLANS if plan.name == SHORT[plan_name])
     em = settings.EMSettings(batch=batch, image_side=side)
-    joint = settings.JointSettings(kind=kind)
+    joint = settings.JointSettings(kind="none" if kind == "visual" else kind)
+    visual = None
+    if kind == "visual":
+        visual = replace(part("em_core.presets").visual_settings(family), batch=batch, steps=2)
     body = part("nodes.host.anatomy").anatomy(models)
     prompt = part("em_core.prompts").ConceptPrompt.parse(PROMPT)
     example = part("em_core.examples").Example(torch.zeros(3, 64, 64), prompt)
     jobs = part("em_core.model.jobs")
-    job = jobs.job_of(jobs.Work((example,), em, joint), body, models.image_side)
+    job = jobs.job_of(jobs.Work((example,), em, joint, visual), body, models.image_side)
     assert (job.height, job.width) == (side // 8, side // 8), job
     attempt = plans.attempt(plan, device, lambda dtype: body, job)
     clip_dtype = torch.float32 if kind == "full" else None
@@ -68,6 +72,7 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     ):
         host.loaded = True  # there is nothing to load
         problem, state = problem_of(host, example, em, joint, side)
+        problem = replace(problem, visual=visual)
         with Bytes() as bytes_:
             bytes_.add_module(host.unet)
             bytes_.add_module(host.clip.cond_stage_model)
@@ -77,6 +82,9 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
                 for first in (True, False):  # the first step is looked at more closely
                     bytes_.reads = 0
                     state = m_step(problem, state, first)[0]
+            elif visual is not None:
+                for event, _ in part("em_core.method.visual").learn_visual(problem, state):
+                    done += event.step > 0
             else:  # the second step has the optimizer's moments; those of a LoRA are small
                 steps = 1 if kind == "lora" else 2
                 for _ in itertools.islice(joint_module.learn_joint(problem, state), steps):
@@ -138,6 +146,10 @@ def encoding_peak(models: Any, side: int) -> int:
 
 logging.disable(logging.WARNING)
 full_size.use_fused_attention()
+# References are encoded when nothing else is on the device, and what that takes is counted apart.
+part("em_core.method.references").encode = lambda host, picture: blank(
+    1, 4, picture.shape[-2] // 8, picture.shape[-1] // 8
+)
 with torch.inference_mode():
     for case in cases:
         family, side, kind, plan_name, *more = case.split("-")
