@@ -117,7 +117,7 @@ class PlannedModel:
         Args:
             source: as of :meth:`DiffusersHost.load`.
             device: where it learns.
-            plan: "auto" takes the fastest plan that fits what is free on the device, any other name the
+            plan: "automatic" takes the fastest plan that fits what is free on the device, any other name the
                 plan of that name; if memory runs out all the same, the next smaller one goes on.
             say: is told what was chosen and what it needs.
 

@@ -66,7 +66,7 @@ def within_memory(
     raise UserError(
         f"Not enough memory to learn, even with the plan {attempt.plan.name} and {attempt.batch} sample "
         "per step. The model has been unloaded. Use a smaller resolution, close other programs that use "
-        "the graphics card, or learn tokens only (set joint to none)."
+        "the graphics card, or learn tokens alone."
     )
 
 

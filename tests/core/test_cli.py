@@ -200,7 +200,7 @@ def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says:
 def test_memory_plans_of_a_cpu(scene: Path, tmp_path: Path, capsys) -> None:
     """It computes in float32 whatever it is told, and what is computed twice is the same."""
     found = []
-    for plan, chosen in (("auto", "float32"), ("half-recomputing", "float32, recomputing")):
+    for plan, chosen in (("automatic", "float32"), ("half-recomputing", "float32, recomputing")):
         out = tmp_path / plan
         assert main(learn(scene, out, "--steps", "2", "--plan", plan)) == 0
         assert f"GB free (memory plan {chosen})." in capsys.readouterr().err

@@ -75,7 +75,10 @@ def brief() -> EMSettings:
 
 
 def on_a_card(
-    monkeypatch: pytest.MonkeyPatch, source: Path, plan: str = "auto", said: list[str] | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    plan: str = "automatic",
+    said: list[str] | None = None,
 ) -> PlannedModel:
     """A model whose device computes in half precision and casts from fp8, as a CPU can do slowly."""
     monkeypatch.setattr(planned, "device_of", lambda device: CARD)
@@ -117,7 +120,9 @@ def test_what_is_chosen_for_what_is_free(
 
 
 def test_plans_that_do_not_go(folder: Path, example: Example) -> None:
-    with pytest.raises(UserError, match=r"No memory plan 'small'\. Expected one of auto, float32,"):
+    with pytest.raises(
+        UserError, match=r"No memory plan 'small'\. Expected one of automatic, float32,"
+    ):
         PlannedModel(folder, "cpu", "small")
     work = Work([example], em_settings("sdxl"), JointSettings(kind="full"))
     with pytest.raises(UserError, match="does not fit the memory plan 'half'"):

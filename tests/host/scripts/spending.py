@@ -152,7 +152,7 @@ def check_choice() -> None:
     nothing, lora = SETTINGS.JointSettings(), SETTINGS.JointSettings(kind="lora")
     whole, cpu = SETTINGS.JointSettings(kind="full"), PLANS.Device(None, False)
 
-    def tries(joint: Any, device: Any, name: str = "auto") -> list[Any]:
+    def tries(joint: Any, device: Any, name: str = "automatic") -> list[Any]:
         plans = PLANS.choose(name, joint, device)
         return list(
             PLANS.attempts(plans, device, lambda dtype: body, replace(job, kind=joint.kind))
@@ -216,7 +216,7 @@ def check_exhaustion() -> None:
     truth = {name: torch.zeros(128, 96, dtype=torch.bool) for name in PROMPT.names}
     truth["rex"][:64], truth["doll"][64:] = True, True
     em, example = replace(em, mode="given"), replace(example, masks=truth)
-    request = FLOW.Request(models_of("sd1"), (example,), em, SETTINGS.JointSettings(), "auto")
+    request = FLOW.Request(models_of("sd1"), (example,), em, SETTINGS.JointSettings(), "automatic")
     for number, error in enumerate(forms_of_exhaustion()):
         steps, told = run_failing(request, number, {2: error, 5: error})
         # Steps 3 and 6 fail once each; none is taken twice, and all are taken.
