@@ -74,8 +74,8 @@ def add_plan(parser: ArgumentParser) -> None:
         choices=CHOICES,
         metavar=f"{{{','.join(names)}}}",
         default=PLAN,
-        help="how to spend the device's memory: automatic goes by what is free and by what the run needs. half: half "
-        "precision (bfloat16 where the card has it), for tokens and LoRA. recomputing: slower, computes "
+        help="how to spend the device's memory: automatic goes by what is free and by what the run needs. half: "
+        "half precision (bfloat16 where the card has it), for tokens and LoRA. recomputing: slower, computes "
         "activations twice. fp8: the UNet's weights rest in 8 bits. float32: full precision, which "
         "cross_attention and full need, and which a CPU takes. When memory runs out, the next smaller plan goes "
         "on from the last step (default: %(default)s)",
