@@ -1,4 +1,4 @@
-"""Bytes of a run that learns a visual condition: those of the EM loop before it, or of its own steps."""
+"""Bytes of a run that learns a visual condition: those of the EM loop before it, or of its own phase."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ def needs_of(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
 def visual_needs(
     anatomy: Anatomy, spending: Spending, job: Job, sight: Sight, before: Need
 ) -> Need:
-    """What a step of the visual phase keeps, where it is more than one of the EM loop.
+    """The bytes of the visual phase, or of the EM loop before it where they are more.
 
     Kept tokens let the gradient end at the first block. References without a gradient leave nothing but
     their features at the blocks' places.
@@ -35,13 +35,10 @@ def visual_needs(
     casts = count * spending.compute if spending.compute < FLOAT else 0.0
     saved = learning.saved + blocks + features + casts
     trained = 4.0 * FLOAT * count
-    return replace(
-        before,
-        trained=trained,
-        saved=max(saved, before.saved),
-        working=max(learning.working, before.working),
-        gradients=trained / 4,
+    phase = replace(
+        before, trained=trained, saved=saved, working=learning.working, gradients=trained / 4
     )
+    return max(before, phase, key=lambda need: need.running)
 
 
 def image_stages(anatomy: Anatomy) -> tuple[int, Sequence[Transformer]]:

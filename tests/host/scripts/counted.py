@@ -77,15 +77,17 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
             bytes_.add_module(host.unet)
             bytes_.add_module(host.clip.cond_stage_model)
             weights, done = bytes_.live, 0
-            if kind == "none":
+            if kind in ("none", "visual"):
                 m_step = part("em_core.method.m_step").m_step
                 for first in (True, False):  # the first step is looked at more closely
                     bytes_.reads = 0
                     state = m_step(problem, state, first)[0]
-            elif visual is not None:
+            if visual is not None:
                 for event, _ in part("em_core.method.visual").learn_visual(problem, state):
                     done += event.step > 0
-            else:  # the second step has the optimizer's moments; those of a LoRA are small
+            elif (
+                kind != "none"
+            ):  # the second step has the optimizer's moments; those of a LoRA are small
                 steps = 1 if kind == "lora" else 2
                 for _ in itertools.islice(joint_module.learn_joint(problem, state), steps):
                     done += 1
