@@ -15,6 +15,7 @@ from .host.comfy_host import ComfyHost
 from .host.families import identify
 from .masks import MASKS
 from .pictures import pictures_of, to_mask
+from .results import shown
 from .schema import ADVANCED, Examples, schema
 from .telling import on_node
 
@@ -85,5 +86,5 @@ class DiscoverConcepts(io.ComfyNode):
             to_mask([found.masks]),
             len(found.names),
             examples,
-            ui=on_node(say_masks([masks]), str(prompt)),
+            ui=on_node(say_masks([masks]), str(prompt), pictures=[shown(examples)]),
         )

@@ -27,6 +27,7 @@ from .host.comfy_host import ComfyHost
 from .host.families import identify
 from .masks import CRF_PRESETS, MASKS, PRESETS
 from .pictures import pictures_of, to_mask
+from .results import shown
 from .schema import ADVANCED, Concepts, Examples, schema
 from .settings import NUMBERS as ALL_NUMBERS
 from .telling import on_node, told_on_node
@@ -147,7 +148,12 @@ class ExtractLatentMasks(io.ComfyNode):
             masks,
             heat,
             examples,
-            ui=on_node(say_masks(found), *told, say_threshold(settings, threshold)),
+            ui=on_node(
+                say_masks(found),
+                *told,
+                say_threshold(settings, threshold),
+                pictures=[shown(examples)],
+            ),
         )
 
 

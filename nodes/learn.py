@@ -12,10 +12,12 @@ from ..em_core.examples import Example
 from ..em_core.exchange.lora import lora_tensors
 from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_losses, say_masks
 from .host.families import identify
 from .learning.flow import Request, fulfil
-from .results import curves_image, loss_map, mask_stack, with_masks
+from .pictures import to_images
+from .results import loss_map, mask_stack, shown, with_masks
 from .schema import CATEGORY, Concepts, Examples, LoraModel, LossMap, Settings, schema
 from .settings import KINDS, MODES, Chosen, em_of, joint_of, say_automatic
 from .telling import on_node, told_on_node
@@ -100,15 +102,17 @@ class LearnConcepts(io.ComfyNode):
         joint_phase = joint_of(models.family, joint, chosen)
         with told_on_node() as told:
             concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
+        found, curves = with_masks(examples, concepts), draw_curves(concepts.curves)
         values = say_automatic(em, joint_phase, models.image_side, chosen)
+        said = [*summary(concepts, em.mode), *told, values]
         return io.NodeOutput(
             concepts,
-            mask_stack(concepts, examples),
+            mask_stack(found),
             lora_tensors(concepts),
             loss_map(concepts),
-            curves_image(concepts),
-            with_masks(examples, concepts),
-            ui=on_node(*summary(concepts, em.mode), *told, values),
+            to_images([curves]),
+            found,
+            ui=on_node(*said, pictures=[shown(found if em.mode != "none" else examples), curves]),
         )
 
 

@@ -80,11 +80,11 @@ class ConceptMaskByName(io.ComfyNode):
     @classmethod
     def execute(cls, examples: tuple[Example, ...], names: str) -> io.NodeOutput:  # type: ignore[override]
         wanted = read_names(names)
-        having = [each for each in examples if set(wanted) <= set(each.masks)]
+        having = [e for e in examples if set(wanted or e.prompt.names) <= set(e.masks)]
         if not having:
             raise UserError(why_none(examples, wanted))
-        parts = [split(each.masks, wanted or each.prompt.names) for each in having]
         chosen = [{n: e.masks[n] for n in wanted or e.prompt.names} for e in having]
+        parts = [split(each.masks, list(of)) for each, of in zip(having, chosen, strict=True)]
         return io.NodeOutput(
             [mask for mask, _ in parts],
             [others for _, others in parts],

@@ -5,18 +5,19 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from ..em_core.examples import Example, NamedMasks
+from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
-from ..em_core.show.plots import draw_curves
-from .pictures import labels_of, to_images, to_mask
+from ..em_core.show.strip import Strip
+from .pictures import labels_of, to_mask
 
 
-def mask_stack(concepts: ConceptSet, examples: Sequence[Example]) -> Float[Tensor, "n h w"]:
+def mask_stack(found: Sequence[Example]) -> Float[Tensor, "n h w"]:
     """Return the mask of every concept in every example, at the first picture's size."""
-    found = [each.masks for each in with_masks(examples, concepts)]
-    return to_mask([torch.stack(list(masks.values())) for masks in found])
+    return to_mask([torch.stack(list(each.masks.values())) for each in found])
 
 
 def with_masks(examples: Sequence[Example], concepts: ConceptSet) -> tuple[Example, ...]:
@@ -34,12 +35,14 @@ def at_size_of(example: Example, masks: NamedMasks) -> NamedMasks:
     return dict(zip(example.prompt.names, labels_of(stack, size), strict=True))
 
 
+def shown(examples: Sequence[Example], caption: str = "") -> Image.Image:
+    """Draw examples under their masks, with the concepts' names."""
+    names = [concept.name for concept in merge_concepts(each.prompt for each in examples)]
+    strip = Strip.of([each.picture for each in examples], names)
+    return strip.draw([each.masks for each in examples], caption)
+
+
 def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
     """Return the total loss of every step, as ComfyUI's own loss graph takes it."""
     names = ("loss/total", "joint_loss/total", "visual_loss/total")
     return {"loss": [value for name in names for _, value in concepts.curves.get(name, [])]}
-
-
-def curves_image(concepts: ConceptSet) -> Float[Tensor, "1 h w 3"]:
-    """Plot the curves."""
-    return to_images([draw_curves(concepts.curves)])

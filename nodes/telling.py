@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
+from PIL import Image
 
 from ..em_core.errors import Notice
+from .pictures import to_images
 
 
 @contextmanager
@@ -49,6 +52,13 @@ def show_on_node(text: str, node: str | None = None) -> None:
         server.send_progress_text(text, node)
 
 
-def on_node(*lines: str) -> dict[str, list[str]]:
-    """What a node's `ui` holds so that these lines stay on it (see web/js/text_on_nodes.js)."""
-    return {"text": ["\n".join(line for line in lines if line)]}
+def on_node(*lines: str, pictures: Sequence[Image.Image] = ()) -> dict[str, list[Any]]:
+    """What a node's `ui` holds so that these lines stay on it (see web/js/text_on_nodes.js), and pictures.
+
+    The pictures go to ComfyUI's folder of temporary files, as those of its Preview Image do.
+    """
+    shown = [
+        saved for picture in pictures for saved in ui.PreviewImage(to_images([picture])).values
+    ]
+    text = {"text": ["\n".join(line for line in lines if line)]}
+    return {**text, "images": shown} if shown else text

@@ -17,6 +17,7 @@ from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.visual import with_reference
 from ..em_core.runs.visual_condition import VisualCondition
 from ..em_core.settings import EMSettings, JointSettings, VisualSettings
+from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_masks
 from .automatic import AUTOMATIC, Number, advanced_inputs, checked, read
 from .host.comfy_host import ComfyHost
@@ -24,8 +25,8 @@ from .host.families import identify
 from .host.visual import apply_visual
 from .learn import FIND
 from .learning.flow import Request, fulfil
-from .pictures import masks_of, pictures_of
-from .results import curves_image, loss_map, mask_stack, with_masks
+from .pictures import masks_of, pictures_of, to_images
+from .results import loss_map, mask_stack, shown, with_masks
 from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, Settings, schema
 from .settings import MODES, Chosen, em_of, renamed
 from .telling import on_node, told_on_node
@@ -142,14 +143,16 @@ class LearnVisualCondition(io.ComfyNode):
         with told_on_node() as told:
             condition = fulfil(request)
         learned = condition.concepts
+        found, curves = with_masks(examples, learned), draw_curves(learned.curves)
+        said = [*summary(learned, request.has_em or method != VICO), *told]
         return io.NodeOutput(
             condition,
             learned,
-            mask_stack(learned, examples),
+            mask_stack(found),
             loss_map(learned),
-            curves_image(learned),
-            with_masks(examples, learned),
-            ui=on_node(*summary(learned, request.has_em or method != VICO), *told),
+            to_images([curves]),
+            found,
+            ui=on_node(*said, pictures=[shown(found), curves]),
         )
 
 

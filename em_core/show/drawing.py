@@ -21,23 +21,41 @@ COLOURS = (
 )
 
 
+Colour = tuple[int, int, int]
+
+
 def overlay(
     picture: Float[Tensor, "3 H W"], masks: Bool[Tensor, "k H W"], scale: int = 1
 ) -> Image.Image:
     """Dim the picture, then tint and outline each mask in its own colour."""
-    shown = picture.detach().cpu() * 0.55
-    for index, mask in enumerate(masks.cpu()):
-        colour = torch.tensor(COLOURS[index % len(COLOURS)])[:, None] / 255
-        shown[:, mask] = 0.6 * picture.detach().cpu()[:, mask] + 0.4 * colour
-        shown[:, outline(mask)] = colour
-    image = to_image(shown)
+    coloured = [(COLOURS[i % len(COLOURS)], mask) for i, mask in enumerate(masks.cpu())]
+    image = paint(picture, coloured)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def outline(mask: Bool[Tensor, "H W"]) -> Bool[Tensor, "H W"]:
-    """Return the pixels of the mask that touch its outside."""
-    padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
-    inner = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)[0, 0] > 0.5
+def paint(
+    picture: Float[Tensor, "3 H W"],
+    masks: Sequence[tuple[Colour, Bool[Tensor, "H W"]]],
+    width: int = 1,
+) -> Image.Image:
+    """Dim the picture, then tint and outline each mask in the colour that comes with it.
+
+    Args:
+        width: of the outlines, in pixels.
+    """
+    picture = picture.detach().cpu()
+    shown = picture * 0.55
+    for colour, mask in masks:
+        tint = torch.tensor(colour)[:, None] / 255
+        shown[:, mask] = 0.6 * picture[:, mask] + 0.4 * tint
+        shown[:, outline(mask, width)] = tint
+    return to_image(shown)
+
+
+def outline(mask: Bool[Tensor, "H W"], width: int = 1) -> Bool[Tensor, "H W"]:
+    """Return the pixels of the mask that are within `width` pixels of its outside."""
+    padded = torch.nn.functional.pad(mask[None, None].float(), [width] * 4, mode="replicate")
+    inner = -torch.nn.functional.max_pool2d(-padded, 2 * width + 1, stride=1)[0, 0] > 0.5
     return mask & ~inner
 
 

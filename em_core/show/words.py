@@ -53,3 +53,11 @@ def say_losses(curves: Curves) -> str:
         if last < FALLING * before
         else "The loss has settled."
     )
+
+
+def say_time(seconds: float) -> str:
+    """A span of time in a few words, such as "40 s", "3 min" or "1 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -147,7 +147,7 @@ def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:
     clip_dtype = torch.float32 if joint.kind == "full" else None
     work = request.work.with_batch(attempt.batch)
     em, visual = work.em, work.visual
-    progress = NodeProgress(request.examples[0].picture, em, joint, visual, request.has_em)
+    progress = NodeProgress(request.examples, em, joint, visual, request.has_em)
     with learning_host(models, attempt.dtype, clip_dtype, attempt.storage) as host:
         host.loss_scale, host.passes_at_once = attempt.loss_scale, attempt.need.passes
         host.memory_required = attempt.need.trained + attempt.need.step

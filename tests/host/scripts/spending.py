@@ -264,40 +264,44 @@ def run_failing(
 
 
 def check_preview() -> None:
-    """It is drawn at 320 pixels, and the picture is made small once."""
+    """All pictures are drawn at one size, and they are made small once."""
     module, states = part("nodes.learning.progress"), part("em_core.method.state")
     em, joint = SETTINGS.EMSettings(), SETTINGS.JointSettings()
-    shown = module.NodeProgress(torch.rand(3, 768, 1024), em, joint)
+    examples, prompts = part("em_core.examples"), part("em_core.prompts")
+    prompt = prompts.ConceptPrompt.parse("a photo of <rex:star>")
+    example = examples.Example(torch.rand(3, 768, 1024), prompt)
+    shown = module.NodeProgress((example, example), em, joint)
     labels = torch.zeros(1, 768, 1024, dtype=torch.bool)
     labels[:, 100:600, 200:900] = True
     blank = torch.zeros(1, 4, 4)
     picture = states.PictureState(
         blank, blank, blank[0, 0, :1], labels.float(), labels, labels[:, 0, 0]
     )
-    state = states.RunState({}, torch.Generator().get_state(), (picture,))
+    state = states.RunState({}, torch.Generator().get_state(), (picture, picture))
     kind, image, _ = shown.preview(state)
-    assert kind == "JPEG" and image.size == (320, 240) and shown.preview(state) is None
-    small, shown.shown = shown.small, 0.0
-    assert shown.preview(state) is not None and shown.small is small
+    assert kind == "JPEG" and shown.preview(state) is None
+    assert [of.shape[-2:] for of in shown.strip.pictures] == [(240, 320)] * 2 and image.width > 640
+    strip, shown.shown = shown.strip, 0.0
+    assert shown.preview(state) is not None and shown.strip is strip
     check_share_of_previews(module, shown, state)
 
 
 def check_share_of_previews(module: Any, shown: Any, state: Any) -> None:
     """What takes a tenth of a second to draw is drawn every five seconds, a fiftieth of the time."""
-    now, real = [1000.0], (module.time, module.overlay)
+    now, real = [1000.0], (module.time, module.Strip.draw)
 
     def slow(*args: Any) -> Any:
         now[0] += 0.1
         return real[1](*args)
 
-    module.time, module.overlay = SimpleNamespace(monotonic=lambda: now[0]), slow
+    module.time, module.Strip.draw = SimpleNamespace(monotonic=lambda: now[0]), slow
     try:
         drawn, shown.shown, shown.took = 0, 0.0, 0.0
         for _ in range(1000):
             now[0] += 0.05
             drawn += shown.preview(state) is not None
     finally:
-        module.time, module.overlay = real
+        module.time, module.Strip.draw = real
     assert 9 <= drawn <= 11, drawn
 
 
