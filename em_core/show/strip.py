@@ -128,7 +128,7 @@ def flowed(entries: Sequence[Entry], width: int) -> list[list[Entry]]:
     return lines
 
 
-def draw_line(pen: ImageDraw.ImageDraw, line: Sequence[Entry], top: float) -> None:
+def draw_line(pen: ImageDraw.ImageDraw, line: Sequence[Entry], top: int) -> None:
     """Draw a line of the legend."""
     left, middle = float(GAP), top + LINE / 2
     for entry in line:
