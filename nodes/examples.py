@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..em_core.errors import UserError
+from ..em_core.errors import Notice, UserError
 from ..em_core.examples import Example, NamedMasks
+from ..em_core.masks.given import by_instance, inverted
 from ..em_core.pictures import Picture
 from ..em_core.prompts import EXAMPLE, ConceptPrompt, require_no_weights
 from .automatic import why_not
 from .pictures import labels_of, masks_of, pictures_of
 from .schema import CATEGORY, Examples, schema
+from .telling import on_node, told_on_node
 
 
 class ConceptExample(io.ComfyNode):
@@ -47,8 +51,9 @@ class ConceptExample(io.ComfyNode):
                     "masks",
                     optional=True,
                     tooltip="One mask per concept, in the order of the prompt; with several pictures, first "
-                    "all masks of the first picture, and so on. Mode 'given' learns from these masks, the "
-                    "other modes only compare their own with them.",
+                    "all masks of the first picture, and so on. One mask alone, with separate parts, is split: "
+                    "the parts are given from left to right. Learn Concepts learns from them if its masks are "
+                    "'given'; otherwise it compares its own with them.",
                 ),
                 Examples.Input(
                     "examples",
@@ -77,7 +82,9 @@ class ConceptExample(io.ComfyNode):
         masks: Tensor | None = None,
         examples: tuple[Example, ...] = (),
     ) -> io.NodeOutput:
-        return io.NodeOutput((*(examples or ()), *make_examples(image, prompt, masks)))
+        with told_on_node() as told:
+            made = make_examples(image, prompt, masks)
+        return io.NodeOutput((*(examples or ()), *made), ui=on_node(*told))
 
 
 def make_examples(image: Any, text: str, masks: Any) -> list[Example]:
@@ -112,6 +119,8 @@ def required_prompt(text: str) -> ConceptPrompt:
 def named_masks(masks: Any, prompt: ConceptPrompt, pictures: list[Picture]) -> list[NamedMasks]:
     """Return each picture's masks by concept name, resized to the picture.
 
+    One mask for each picture, where there are several concepts, is split into its separate parts.
+
     Raises:
         UserError: the number of masks is wrong.
     """
@@ -119,13 +128,49 @@ def named_masks(masks: Any, prompt: ConceptPrompt, pictures: list[Picture]) -> l
         return [{} for _ in pictures]
     stack, names = masks_of(masks), prompt.names
     wanted = len(names) * len(pictures)
+    if len(stack) == len(pictures) < wanted:
+        return split_masks(stack, names, pictures)
     if len(stack) != wanted:
         raise UserError(
             f"Bad number of masks. Expected {wanted} (one for each of {', '.join(names)} in each of "
             f"{len(pictures)} picture(s)), got {len(stack)}. Combine them with Batch Masks in the prompt's order."
         )
     groups = stack.reshape(len(pictures), len(names), *stack.shape[-2:])
+    for number, group in enumerate(groups, start=1):
+        say_inverted([names[i] for i in inverted(list(group))], number if len(groups) > 1 else 0)
     return [
         dict(zip(names, labels_of(group, (picture.shape[-2], picture.shape[-1])), strict=True))
         for group, picture in zip(groups, pictures, strict=True)
     ]
+
+
+def split_masks(
+    stack: Tensor, names: Sequence[str], pictures: Sequence[Picture]
+) -> list[NamedMasks]:
+    """Return the separate parts of each picture's one mask, by concept name.
+
+    Raises:
+        UserError: one has another number of parts than there are concepts.
+    """
+    found: list[NamedMasks] = []
+    for mask, picture in zip(stack, pictures, strict=True):
+        label = labels_of(mask[None], (picture.shape[-2], picture.shape[-1]))[0]
+        found.append(by_instance(label, names))
+    warnings.warn(
+        f"One mask for {', '.join(names)}: they have its separate parts, from left to right.",
+        Notice,
+        stacklevel=2,
+    )
+    return found
+
+
+def say_inverted(names: Sequence[str], number: int) -> None:
+    """Say which masks look inverted; `number` is the picture's, or 0 if there is one alone."""
+    if names:
+        where = f" of picture {number}" if number else ""
+        warnings.warn(
+            f"The mask of {', '.join(names)}{where} covers the border and not the middle. If it is inverted, put "
+            "Invert Mask before this node.",
+            Notice,
+            stacklevel=2,
+        )
