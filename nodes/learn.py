@@ -14,6 +14,7 @@ from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_losses, say_masks
+from .host.application import require_same_family
 from .host.families import identify
 from .learning.flow import Request, fulfil
 from .pictures import to_images
@@ -94,22 +95,26 @@ class LearnConcepts(io.ComfyNode):
         joint: str,
         memory: str,
         settings: Chosen | None = None,
+        concepts: ConceptSet | None = None,
     ) -> io.NodeOutput:
         if not examples:
             raise UserError("There are no examples to learn from. Connect a Concept Example.")
         models, chosen = identify(model, clip, vae), settings or {}
         em = replace(em_of(models.family, mode, seed, chosen), steps=steps)
         joint_phase = joint_of(models.family, joint, chosen)
+        request = Request(models, tuple(examples), em, joint_phase, memory, concepts=concepts)
         with told_on_node() as told:
-            concepts = fulfil(Request(models, tuple(examples), em, joint_phase, memory))
-        found, curves = with_masks(examples, concepts), draw_curves(concepts.curves)
+            if concepts is not None:
+                require_same_family(concepts, clip)
+            learned = fulfil(request)
+        found, curves = with_masks(examples, learned), draw_curves(learned.curves)
         values = say_automatic(em, joint_phase, models.image_side, chosen)
-        said = [*summary(concepts, em.mode), *told, values]
+        said = [*summary(learned, em.mode), *told, values]
         return io.NodeOutput(
-            concepts,
+            learned,
             mask_stack(found),
-            lora_tensors(concepts),
-            loss_map(concepts),
+            lora_tensors(learned),
+            loss_map(learned),
             to_images([curves]),
             found,
             ui=on_node(*said, pictures=[shown(found if em.mode != "none" else examples), curves]),
@@ -187,5 +192,12 @@ def main_inputs() -> list[Any]:
             "settings",
             optional=True,
             tooltip="What few users change, from Concept Settings. Without it everything there is automatic.",
+        ),
+        Concepts.Input(
+            "concepts",
+            optional=True,
+            tooltip="Concepts to go on learning from, from Load Concepts (also an embedding or LoRA of another "
+            "program) or another Learn Concepts: those that the examples mark start from there, not from their "
+            "words. A LoRA that came with them acts meanwhile, and stays as it is.",
         ),
     ]

@@ -36,7 +36,7 @@ def run_key(
         model: digest of the model, such as :func:`model_digest` of its host.
         examples: pictures, prompts and masks.
         settings, joint, visual: settings of the phases.
-        concepts: learned concepts that a visual condition starts from.
+        concepts: learned concepts that the run starts from.
     """
     given = settings.mode == "given"
     inputs = [
@@ -48,11 +48,11 @@ def run_key(
         for example in examples
     ]
     acting: list[Any] = [pack_digest(), model, to_json(settings), to_json(joint), inputs]
+    known = [] if concepts is None else [concepts.vectors, concepts.weights, concepts.lora_scale]
     if visual is not None:
-        known = (
-            [] if concepts is None else [concepts.vectors, concepts.weights, concepts.lora_scale]
-        )
         acting += [to_json(visual), known]
+    elif known:
+        acting += ["from", known]
     return Digest().add(acting).hexdigest()
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 
 from ..errors import StoreWarning, UserError
 from ..examples import Example
@@ -66,6 +67,7 @@ def learn_concepts(
     examples: Sequence[Example],
     settings: EMSettings | None = None,
     joint: JointSettings | None = None,
+    concepts: ConceptSet | None = None,
     *,
     listeners: Sequence[Listener] = (),
     store: RunStore | None = None,
@@ -80,29 +82,57 @@ def learn_concepts(
         examples: pictures with their prompts.
         settings: settings of the EM loop; None takes the defaults of the model's family.
         joint: settings of the phase that learns tokens and weights together; None skips it.
+        concepts: concepts to go on from, learned before or imported: those that the prompts name start
+            from their vectors. Weights that came with them act meanwhile, and are kept as they are.
         listeners: called with the event and the state of every step.
         store: where finished runs are kept for reuse, and stopped ones to be continued. What cannot be
             kept there is said by a StoreWarning; the concepts are returned all the same.
         key: key of the run in the store; None takes a hash of the model, the examples and the settings.
 
     Raises:
-        UserError: examples, settings and model do not go together.
+        UserError: examples, settings, concepts and model do not go together.
         TrainingError: a loss is not finite; with a store, the last good step is kept.
     """
     settings = settings or em_settings(host.identity().family)
     joint = joint or JointSettings()
+    if concepts is not None:
+        require_start(concepts, joint)
+        concepts.require_fit(host.identity(), any_weights=True)
     if store is not None and key is None:
-        key = key_or_none(host, examples, settings, joint)
+        key = key_or_none(host, examples, settings, joint, concepts=concepts)
+    weights = (concepts.weights, concepts.lora_scale) if concepts else ({}, 1.0)
+    known = concepts.vectors if concepts else None
     return carry_out(
-        lambda: prepare(host, examples, settings, joint),
-        conclude,
+        lambda: prepare(host, examples, settings, joint, known=known),
+        lambda made, state: with_weights_of(concepts, conclude(made, state)),
         ConceptSet,
-        nullcontext,
+        lambda: host.applied(*weights) if weights[0] else nullcontext(),
         examples=examples,
         listeners=listeners,
         store=store,
         key=key,
     )
+
+
+def require_start(concepts: ConceptSet, joint: JointSettings) -> None:
+    """Refuse to learn further weights beside those of the concepts that a run goes on from.
+
+    Raises:
+        UserError: both are there.
+    """
+    if concepts.weights and joint.kind != "none":
+        raise UserError(
+            f"The concepts {', '.join(concepts.names)} have weights of their own, such as a LoRA, beside which no "
+            "further ones are learned. Learn tokens alone (no joint phase), or start from concepts that are tokens "
+            "alone."
+        )
+
+
+def with_weights_of(before: ConceptSet | None, learned: ConceptSet) -> ConceptSet:
+    """Return what was learned, with the weights of the concepts that it went on from."""
+    if before is None or not before.weights:
+        return learned
+    return replace(learned, weights=before.weights, lora_scale=before.lora_scale)
 
 
 def carry_out(

@@ -158,5 +158,6 @@ def train(request: Request, attempt: Attempt, key: str, store: RunStore) -> Any:
                     listeners=[progress], store=store, key=key,
                 )  # fmt: skip
             return learn_concepts(
-                host, request.examples, em, joint, listeners=[progress], store=store, key=key
-            )
+                host, request.examples, em, joint, request.concepts,
+                listeners=[progress], store=store, key=key,
+            )  # fmt: skip
