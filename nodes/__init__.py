@@ -11,12 +11,13 @@ from .examples import ConceptExample
 from .extract import ExtractLatentMasks
 from .files import LoadConcepts, SaveConcepts
 from .learn import LearnConcepts
+from .learn_visual import LearnVisualCondition
 from .masks import CompareConceptMasks, RefineCRF
 from .notices import listen
 from .picking import ConceptMaskByName
 from .settings import ConceptSettings
 from .training import MaskTrainingConditioning
-from .visual import ApplyVisualCondition, LearnVisualCondition
+from .visual import ApplyVisualCondition
 from .visual_files import LoadVisualCondition, SaveVisualCondition
 
 NODES: list[type[io.ComfyNode]] = [

@@ -22,7 +22,14 @@ class ApplyConceptTokens(io.ComfyNode):
             node_id="ApplyConceptTokens",
             display_name="Apply Concept Tokens",
             category=CATEGORY,
-            search_aliases=["use concepts", "embedding", "textual inversion", "apply lora"],
+            search_aliases=[
+                "visual concepts",
+                "use concepts",
+                "embedding",
+                "textual inversion",
+                "character",
+                "apply lora",
+            ],
             description="Teaches learned concepts to a MODEL and a CLIP. After this node, a regular CLIP Text "
             "Encode understands <name> in its prompt, with weights as in (<rex>:1.2), in long prompts, and as "
             "often as you like.",

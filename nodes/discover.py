@@ -29,7 +29,7 @@ class DiscoverConcepts(io.ComfyNode):
             node_id="DiscoverConcepts",
             display_name="Discover Concepts",
             category=MASKS,
-            search_aliases=["segment anything", "auto mask", "instances", "what is in this picture"],
+            search_aliases=["segment", "segment anything", "auto mask", "instances", "what is in this picture"],
             description="Finds the things in a picture without being told what they are: how many, a mask for "
             "each, and the prompt to learn them with. They are named concept1, concept2, ... from left to "
             "right. Connect examples to Learn Concepts to learn them all.",

@@ -29,7 +29,14 @@ class ConceptExample(io.ComfyNode):
             node_id="ConceptExample",
             display_name="Concept Example",
             category=CATEGORY,
-            search_aliases=["training image", "dataset", "textual inversion", "learn from image"],
+            search_aliases=[
+                "training image",
+                "dataset",
+                "textual inversion",
+                "dreambooth",
+                "subject",
+                "learn from image",
+            ],
             description="A picture to learn from, with a prompt that marks what to learn, as in: "
             + EXAMPLE,
             inputs=[

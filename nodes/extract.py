@@ -46,7 +46,7 @@ class ExtractLatentMasks(io.ComfyNode):
             node_id="ExtractLatentMasks",
             display_name="Extract Latent Masks",
             category=MASKS,
-            search_aliases=["text to mask", "segment by text", "attention map", "daam", "clipseg"],
+            search_aliases=["segment", "mask", "text to mask", "segment by text", "daam", "clipseg"],
             description="Turns text into masks with any SD 1.x, 2.x or SDXL checkpoint. Mark what to find, as "
             f"in: {EXAMPLE}. If you connect learned concepts, <name> alone finds them in other pictures.",
             inputs=[

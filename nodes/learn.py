@@ -11,9 +11,11 @@ from ..em_core.errors import UserError
 from ..em_core.examples import Example
 from ..em_core.exchange.lora import lora_tensors
 from ..em_core.model.plans import AUTO, CHOICES
+from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_losses, say_masks
+from .ahead import require_savable
 from .host.application import require_same_family
 from .host.families import identify
 from .learning.flow import Request, fulfil
@@ -36,16 +38,21 @@ class LearnConcepts(io.ComfyNode):
             display_name="Learn Concepts",
             category=CATEGORY,
             search_aliases=[
-                "textual inversion",
-                "train embedding",
+                "visual concepts",
                 "dreambooth",
+                "textual inversion",
+                "character",
+                "subject",
+                "train",
+                "train embedding",
                 "train lora",
-                "em",
+                "lora",
             ],
             description="Learns a token (a new word) for every concept that the examples' prompts mark, and "
             "finds each concept's mask, so there is no need to paint any. A finished run is remembered and "
             "never trained twice; an interrupted run continues where it stopped.",
             inputs=main_inputs(),
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 Concepts.Output(
                     "concepts",
@@ -106,6 +113,9 @@ class LearnConcepts(io.ComfyNode):
         with told_on_node() as told:
             if concepts is not None:
                 require_same_family(concepts, clip)
+            names = [concept.name for concept in merge_concepts(e.prompt for e in examples)]
+            graph, here = cls.hidden.prompt or {}, str(cls.hidden.unique_id)
+            require_savable(graph, here, 0, names, models.family, clip)
             learned = fulfil(request)
         found, curves = with_masks(examples, learned), draw_curves(learned.curves)
         values = say_automatic(em, joint_phase, models.image_side, chosen)

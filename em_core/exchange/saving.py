@@ -90,7 +90,8 @@ def exports_of(
     Raises:
         UserError: the trigger words cannot be used, or the text encoders are of another family.
     """
-    embeddings = {embedding_name(name, concept, concepts): concept for concept in concepts.names}
+    names, family = concepts.names, concepts.identity.family
+    embeddings = {embedding_name(name, concept, names, family): concept for concept in names}
     triggers: Triggers = {}
     if vocabularies is not None:
         require_widths(concepts, vocabularies)
@@ -121,10 +122,10 @@ def exports_of(
     return Exports(loras, exported, triggers, "\n".join(guides))
 
 
-def embedding_name(name: str, concept: str, concepts: ConceptSet) -> str:
+def embedding_name(name: str, concept: str, names: Sequence[str], family: str) -> str:
     """Return an embedding's name: the given one, the concept's if there are several, and the family."""
-    of_one = name if len(concepts.names) == 1 else f"{name}_{concept}"
-    return f"{of_one}_{concepts.identity.family}"
+    of_one = name if len(names) == 1 else f"{name}_{concept}"
+    return f"{of_one}_{family}"
 
 
 def require_widths(concepts: ConceptSet, vocabularies: Vocabularies) -> None:
