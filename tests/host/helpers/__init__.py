@@ -52,6 +52,15 @@ class TestDump:
         return {"ui": {"text": [str(value)[:2000]]}}
 
 
+class TestDumpList(TestDump):
+    """The same of a whole list, which ComfyUI would otherwise give one by one."""
+
+    INPUT_IS_LIST = True
+
+    def run(self, value, name):
+        return super().run(value, name[0])
+
+
 class TestModelHash:
     """Hash of all weights, patches and settings of MODEL and CLIP."""
 
@@ -348,6 +357,7 @@ NODE_CLASS_MAPPINGS = {
     c.__name__: c
     for c in (
         TestDump,
+        TestDumpList,
         TestModelHash,
         TestHeld,
         TestAttentionPatch,
