@@ -54,7 +54,7 @@ def test_a_name_that_is_not_there(server: Server) -> None:
     b, p = two_sizes()
     found = b.add("ConceptMaskByName", examples=p.learn[5], names="kit")
     b.add("TestDumpList", value=found, name="never")
-    with pytest.raises(Failed, match="No picture has a mask of kit.*masks of: rex, doll"):
+    with pytest.raises(Failed, match=r"No picture has a mask of kit.*masks of: rex, doll"):
         server.run(b.graph)
 
 
