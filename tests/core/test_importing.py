@@ -164,6 +164,44 @@ def test_a_lora_acts_as_when_diffusers_loads_it(tmp_path: Path, family: str, kin
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["demo", "sdxl"])
+def test_whole_differences_come_back_exactly(tmp_path: Path, family: str) -> None:
+    """Of all weights, norms and biases too, through the file for ComfyUI, which has them as `.diff`."""
+    host = host_of(family)
+    g = torch.Generator().manual_seed(3)
+    weights = {
+        f"{n}.diff": torch.randn(p.shape, generator=g) * 0.03
+        for n, p in host.weights("full").items()
+    }
+    assert any(name.endswith("bias.diff") for name in weights)
+    save_exports(concepts_with(host, weights), "x", tmp_path, tmp_path, rank=2)
+    found = concept_of_lora(host, tmp_path / "x.safetensors", "it", "red star")
+    assert found.weights.keys() == weights.keys()
+    assert all(torch.equal(found.weights[n], x) for n, x in weights.items())
+
+
+def test_differences_of_another_shape(tmp_path: Path) -> None:
+    host, file = host_of("demo"), tmp_path / "x.safetensors"
+    for change in ({".diff": torch.ones(3, 64)}, {".diff_b": torch.ones(3)}):
+        save_file({LAYER + end: x for end, x in change.items()}, file)
+        with pytest.raises(UserError, match=r"different family .* Expected .* at"):
+            concept_of_lora(host, file, "it", "red")
+
+
+def test_names_of_comfyui_in_diffusers() -> None:
+    """As its own Train LoRA writes them: the checkpoint's, with dots."""
+    block = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k"
+    own = "mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert own_name(block, 2) == own_name(block, 2, sdxl=True) == f"lora_unet_{own}"
+    norm = "diffusion_model.input_blocks.1.0.in_layers.0"
+    assert own_name(norm, 2) == "lora_unet_down_blocks_0_resnets_0_norm1"
+    text = "text_encoders.clip_{}.transformer.text_model.encoder.layers.1.mlp.fc1"
+    layer = "text_model_encoder_layers_1_mlp_fc1"
+    assert own_name(text.format("l"), 2) == f"lora_te_{layer}"
+    assert own_name(text.format("l"), 2, sdxl=True) == f"lora_te1_{layer}"
+    assert own_name(text.format("g"), 2, sdxl=True) == f"lora_te2_{layer}"
+
+
 def concepts_with(
     host: DiffusersHost, weights: dict[str, Tensor], scale: float = 0.5
 ) -> ConceptSet:
