@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import Parts, learning
+from safetensors.torch import load_file
 from server import Builder, Failed, Server
 
 
@@ -90,7 +91,7 @@ def test_refused_before_anything_runs(
     ("change", "message"),
     [
         ({"triggers": "kit: sks"}, "Bad trigger words 'kit: sks'"),
-        ({"triggers": "rex: visualconcepts"}, "'visualconcepts' cannot stand for a token"),
+        ({"triggers": "rex: visualconcepts"}, "does not know the word 'visualconcepts'"),
         ({"name": "AHEAD", "overwrite": True}, "ahead.safetensors.*differs only in upper"),
     ],
 )
@@ -100,7 +101,7 @@ def test_what_a_saver_would_refuse_is_said_before_learning(
     file = server.base / "models" / "visual_concepts" / "ahead.safetensors"
     file.parent.mkdir(exist_ok=True)
     file.touch()
-    p = learning(seed=77)
+    p = learning(mode="given", seed=77)
     inputs = {"name": "fine", "overwrite": False, "exports": True, "clip": p.model[1]} | change
     p.b.add("SaveConcepts", concepts=p.learn, **inputs)
     told = len(server.log_text())
@@ -115,7 +116,7 @@ def test_what_a_saver_would_refuse_is_said_before_learning(
 
 def test_learning_leaves_words_and_pictures_on_the_node(server: Server) -> None:
     """Masks by name, what stands for automatic, and two pictures: the masks and the curves."""
-    p = learning(steps=3, rank=2, seed=5)
+    p = learning(mode="given", steps=3, rank=2, seed=5)
     p.b.add("TestDump", value=p.learn[1], name="masks")
     outputs = server.run(p.b.graph)
     text = said(outputs, p.learn.id)
@@ -149,16 +150,14 @@ def test_one_mask_that_holds_all_is_split(server: Server) -> None:
 
 def test_going_on_from_concepts(server: Server) -> None:
     """Learned, saved, loaded and learned on: the second run starts where the first one ended."""
-    p = learning(steps=2, seed=8)
+    p = learning(mode="given", steps=2, seed=8)
     p.b.add("SaveConcepts", concepts=p.learn, name="begun", overwrite=True, exports=False)
     server.run(p.b.graph)
-    on = learning(steps=1, seed=8, learning_rate=1e-7)
+    on = learning(mode="given", steps=1, seed=8, learning_rate=1e-7)
     loaded = on.b.add("LoadConcepts", name="begun.safetensors")
     on.b.graph[on.learn.id]["inputs"]["concepts"] = [loaded.id, 0]
     on.b.add("SaveConcepts", concepts=on.learn, name="further", overwrite=True, exports=False)
     server.run(on.b.graph)
-    from safetensors.torch import load_file
-
     folder = server.base / "models" / "visual_concepts"
     before, after = (load_file(folder / f"{name}.safetensors") for name in ("begun", "further"))
     vectors = [name for name in before if name.startswith("vectors/")]
