@@ -44,7 +44,7 @@ class ExtractLatentMasks(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ExtractLatentMasks",
-            display_name="Extract Latent Masks",
+            display_name="Extract Latent Masks (Segment by Text)",
             category=MASKS,
             search_aliases=["segment", "mask", "text to mask", "segment by text", "daam", "clipseg"],
             description="Turns text into masks with any SD 1.x, 2.x or SDXL checkpoint. Mark what to find, as "

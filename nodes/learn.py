@@ -35,7 +35,7 @@ class LearnConcepts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LearnConcepts",
-            display_name="Learn Concepts",
+            display_name="Learn Concepts (Train Token, LoRA)",
             category=CATEGORY,
             search_aliases=[
                 "visual concepts",

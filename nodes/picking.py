@@ -34,7 +34,6 @@ class ConceptMaskByName(io.ComfyNode):
                 "pick mask",
                 "mask of a concept",
                 "inpaint mask",
-                "segment",
             ],
             description="Gives the mask of a concept by its name, from the examples that Learn Concepts, Extract "
             "Latent Masks and Discover Concepts give. Each mask has its picture's own size, ready for inpainting, "
