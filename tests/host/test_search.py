@@ -10,7 +10,12 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 LEARN, EXTRACT = "LearnConcepts", "ExtractLatentMasks"
-BY_NAME = {"segment": (EXTRACT, 5), "train": (LEARN, 20), "lora": (LEARN, 20), "mask": ("ConceptMaskByName", 20)}  # fmt: skip
+BY_NAME = {
+    "segment": (EXTRACT, 5),
+    "train": (LEARN, 20),
+    "lora": (LEARN, 20),
+    "mask": ("ConceptMaskByName", 20),
+}
 """Word -> the right node, and its last place that counts; found by the names of nodes."""
 BY_ALIAS = {
     word: (LEARN, 5)
