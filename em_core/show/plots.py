@@ -22,6 +22,7 @@ PANELS = (
 SHARES = ("iou", "area")
 SMOOTHING = 15
 WIDTH, HEIGHT = 560, 400
+COLUMNS = 2
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 34, 46
 DRAWN_AT = 2
 """Everything is drawn this many times as large, then shrunk: Pillow's lines have hard edges."""
@@ -40,13 +41,15 @@ def plot_curves(curves: Curves, path: Path) -> None:
 
 
 def draw_curves(curves: Curves) -> Image.Image:
-    """Draw what :func:`plot_curves` writes."""
+    """Draw what :func:`plot_curves` writes: two panels side by side, further ones below."""
     panels = [(kind, title, of_kind(curves, kind)) for kind, title in PANELS]
     panels = [(kind, title, lines) for kind, title, lines in panels if lines]
-    size = WIDTH * max(1, len(panels)), HEIGHT
+    columns = min(COLUMNS, max(1, len(panels)))
+    size = WIDTH * columns, HEIGHT * max(1, math.ceil(len(panels) / columns))
     canvas = Image.new("RGB", (size[0] * DRAWN_AT, size[1] * DRAWN_AT), "white")
     for index, (kind, title, lines) in enumerate(panels):
-        Panel.around(kind, lines, index * WIDTH).draw(ImageDraw.Draw(canvas), title, lines)
+        left, top = index % columns * WIDTH, index // columns * HEIGHT
+        Panel.around(kind, lines, left, top).draw(ImageDraw.Draw(canvas), title, lines)
     return canvas.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -63,27 +66,30 @@ class Panel:
     Attributes:
         kind: of the curves.
         x, y: (lowest, highest) value of each axis.
-        left: its left edge in the finished picture's pixels.
+        left, top: its left and upper edge in the finished picture's pixels.
     """
 
     kind: str
     x: tuple[float, float]
     y: tuple[float, float]
-    left: int
+    left: int = 0
+    top: int = 0
 
     @classmethod
-    def around(cls, kind: str, lines: Mapping[str, Points], left: int) -> "Panel":
+    def around(
+        cls, kind: str, lines: Mapping[str, Points], left: int = 0, top: int = 0
+    ) -> "Panel":
         """The panel that holds all points; shares of the picture go from 0 to 1."""
         steps, values = zip(*(point for points in lines.values() for point in points), strict=True)
         y = (0.0, 1.0) if kind in SHARES else (min(0.0, *values), max(values))
-        return cls(kind, widened(float(min(steps)), float(max(steps))), widened(*y), left)
+        return cls(kind, widened(float(min(steps)), float(max(steps))), widened(*y), left, top)
 
     def at(self, step: int | float, value: float) -> tuple[float, float]:
         """Where a point lies, in pixels of the drawing; values beyond the axis lie on its end."""
         across = (step - self.x[0]) / (self.x[1] - self.x[0])
         up = min(1.0, max(0.0, (value - self.y[0]) / (self.y[1] - self.y[0])))
         x = self.left + LEFT + across * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        y = self.top + HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
         return x * DRAWN_AT, y * DRAWN_AT
 
     def draw(self, pen: ImageDraw.ImageDraw, title: str, lines: Mapping[str, Points]) -> None:
@@ -107,8 +113,8 @@ class Panel:
         low, high = self.at(self.x[0], self.y[0]), self.at(self.x[1], self.y[1])
         pen.rectangle([low[0], high[1], high[0], low[1]], outline=GREY, width=DRAWN_AT)
         middle = (low[0] + high[0]) / 2
-        pen.text((middle, 10 * DRAWN_AT), title, BLACK, large, anchor="mt")
-        pen.text((middle, (HEIGHT - 8) * DRAWN_AT), "step", BLACK, small, anchor="mb")
+        pen.text((middle, (self.top + 10) * DRAWN_AT), title, BLACK, large, anchor="mt")
+        pen.text((middle, (self.top + HEIGHT - 8) * DRAWN_AT), "step", BLACK, small, anchor="mb")
 
     def draw_line(self, pen: ImageDraw.ImageDraw, points: Points, colour: Colour) -> None:
         """Draw one curve; losses pale, with their running mean over them."""

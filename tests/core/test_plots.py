@@ -40,6 +40,16 @@ def test_points_lie_where_their_numbers_say() -> None:
     assert panel.at(0, 0.5)[1] == (panel.at(0, 0.0)[1] + panel.at(0, 1.0)[1]) / 2
 
 
+def test_a_third_panel_lies_below() -> None:
+    curves = {"iou/rex": ((0, 0.5),), "area/rex": ((0, 0.5),), "loss/total": ((1, 2.0), (9, 2.0))}
+    picture = np.asarray(draw_curves(curves)).astype(int)
+    assert picture.shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    panel = Panel.around("loss", {"total": curves["loss/total"]}, 0, HEIGHT)
+    x, y = (round(place / DRAWN_AT) for place in panel.at(5, 2.0))
+    assert y > HEIGHT and np.abs(picture[y - 1 : y + 2, x] - COLOURS[0]).sum(-1).min() < 30
+    assert (picture[HEIGHT:, WIDTH:] == 255).all()
+
+
 def test_losses_are_drawn_smoothed_and_from_zero() -> None:
     noisy = tuple((step, 1.0 + (step % 2)) for step in range(1, 101))
     picture = np.asarray(draw_curves({"loss/total": noisy})).astype(int)

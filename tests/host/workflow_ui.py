@@ -3,21 +3,16 @@
 from typing import Any
 
 from server import Graph
+from templates.editor import inputs_of
+from templates.sizes import has_control, is_widget
 
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}
 
 
 def widgets_of(info: dict[str, Any]) -> list[tuple[str, bool]]:
     """A node's widgets in order, each with whether the editor adds a control after it."""
-    found = []
-    for kind in ("required", "optional"):
-        for name, spec in info["input"].get(kind, {}).items():
-            options = spec[1] if len(spec) > 1 else {}
-            if isinstance(spec[0], list) or spec[0] in WIDGETS:
-                control = options.get("control_after_generate", name in ("seed", "noise_seed"))
-                found.append((name, bool(control)))
-    return found
+    specs = inputs_of(info).items()
+    return [(name, has_control(name, spec)) for name, spec in specs if is_widget(spec)]
 
 
 def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
