@@ -88,8 +88,8 @@ def other_background(info: Info) -> Sheet:
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
-    first = scene(sheet, "A", 3, "First picture: the subject")
-    second = scene(sheet, "I", 3, "Second picture: the background")
+    first = scene(sheet, "A", 3, "First: the subject")
+    second = scene(sheet, "I", 3, "Second: the background")
     both = sheet.add("ImageBatch", width=320, image1=first["IMAGE"], image2=second["IMAGE"])
     seen = show(sheet, both, "Both pictures", (320, 250))
     prompt = read(sheet, first["prompt"], "The first picture's prompt", 272)
@@ -253,11 +253,11 @@ def em_beside_fixed(info: Info) -> Sheet:
     learned = [learn(sheet, model, example, mode=mode) for mode, _ in ways]
     results = []
     for run, (_, title) in zip(learned, ways, strict=True):
-        curves = show(sheet, run["curves"], f"Curves: {title}", (420, 360))
+        curves = show(sheet, run["curves"], f"Curves: {title}", (400, 330))
         compared = sheet.add(
-            "CompareConceptMasks", title=title, width=420, mask=run["masks"], reference=picture["MASK"]
+            "CompareConceptMasks", title=title, width=230, mask=run["masks"], reference=picture["MASK"]
         )
-        results.append(column(curves, compared))
+        results.append(row(curves, compared))
     sheet.arrange(
         row(
             column(note, group("Picture and prompt", column(model, picture, prompt, example))),
