@@ -83,14 +83,15 @@ def other_background(info: Info) -> Sheet:
     )
     note = sheet.note(
         "Two *Concept Example* nodes in a row are learned together. The first picture brings `<rex>` and `<doll>`, "
-        "the second its ground: a background is a concept like any other, here `<place:grass>`. The prompt at the end "
-        "puts `<rex>` there.\n\n**Your own pictures:** give each its prompt, and mark only what you want to learn.",
+        "the second its ground: a background is a concept like any other, here `<place:grass>`.\n\n**Your own pictures:** give each its prompt, and mark only what you want to learn.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
     first = scene(sheet, "A", 3, "First: the subject")
     second = scene(sheet, "I", 3, "Second: the background")
-    both = sheet.add("ImageBatch", width=320, image1=first["IMAGE"], image2=second["IMAGE"])
+    both = sheet.add(
+        "BatchImagesNode", width=320, images__image0=first["IMAGE"], images__image1=second["IMAGE"]
+    )
     seen = show(sheet, both, "Both pictures", (320, 250))
     prompt = read(sheet, first["prompt"], "The first picture's prompt", 272)
     subject = sheet.add(
@@ -221,9 +222,9 @@ def layout(info: Info) -> Sheet:
     new = draw(sheet, applied, applied["CLIP"], model["VAE"], "a photo of <rex> and <doll> on grass", "layout")
     sheet.arrange(
         row(
-            column(note, group("1  Picture and prompt", column(model, picture, prompt, example))),
+            column(note, group("1  Picture and prompt", column(model, picture, example))),
             group("2  Learn", learned),
-            group("3  Where", column(whole, half, right, left, both)),
+            column(group("3  Where", column(whole, half, right, left, both)), prompt),
             group("4  Draw", column(applied, new.text()), new.drawn()),
         )
     )
@@ -251,17 +252,19 @@ def em_beside_fixed(info: Info) -> Sheet:
     )  # fmt: skip
     ways = (("find and improve", "Improved while learning (EM)"), ("find once", "Found once"))
     learned = [learn(sheet, model, example, mode=mode) for mode, _ in ways]
+    lanes = [group(title, run) for run, (_, title) in zip(learned, ways, strict=True)]
     results = []
     for run, (_, title) in zip(learned, ways, strict=True):
-        curves = show(sheet, run["curves"], f"Curves: {title}", (400, 330))
+        curves = show(sheet, run["curves"], f"Curves: {title}", (390, 330))
         compared = sheet.add(
-            "CompareConceptMasks", title=title, width=230, mask=run["masks"], reference=picture["MASK"]
+            "CompareConceptMasks", title=title, width=220, mask=run["masks"], reference=picture["MASK"]
         )
-        results.append(row(curves, compared))
+        numbers = read(sheet, compared["text"], "Overlap with the true masks (IoU)", 220)
+        results.append(row(curves, column(compared, numbers)))
     sheet.arrange(
         row(
-            column(note, group("Picture and prompt", column(model, picture, prompt, example))),
-            *(group(title, run) for run, (_, title) in zip(learned, ways, strict=True)),
+            column(note, group("Picture and prompt", column(model, picture, example))),
+            column(row(*lanes), prompt),
             group("Which masks are better?", column(*results)),
         )
     )

@@ -17,7 +17,7 @@ from templates.sizes import HEAD, WIDTHS, has_control, is_widget, least_height, 
 PACK = "visual-concepts"
 SPACE = uuid.UUID("7c1f6f4e-3a35-5f0c-9a43-0f6f0f4b7a11")
 """The namespace of the ids, which stay the same for a name."""
-NOTE = {"color": "#432", "bgcolor": "#653"}
+NOTE = {"color": "#222", "bgcolor": "#000"}
 LEFT, TOP = 90, 100
 """Where the upper left corner lies on the screen: beside and below the editor's bars."""
 
@@ -117,7 +117,8 @@ class Sheet:
             placed.properties["models"] = list(models)
         growing = any(spec[0] == "COMFY_AUTOGROW_V3" for spec in specs.values())
         sockets = len(sockets_of(placed)) + growing
-        placed.height = height or least_height(kind, specs, sockets, len(outputs))
+        ours = PACK in str(of.get("python_module", ""))
+        placed.height = height or least_height(kind, specs, sockets, len(outputs), ours)
         self.nodes.append(placed)
         return placed
 

@@ -95,18 +95,17 @@ def into_another(info: Info) -> Sheet:
     picture = photo(sheet, "The other picture", 310)
     sized = square(sheet, picture, family.side)
     found, mask = find(sheet, loaded, sized, "a photo of <dog:dog> on <grass:grass>", "dog")
-    seen = show_masks(sheet, mask["mask"], "Where the subject goes", (320, 260))
+    seen = show_masks(sheet, mask["mask"], "Where the subject goes", (300, 260))
     again = masked_latent(sheet, sized, mask["mask"], loaded, 16)
     new = draw_with(
-        sheet, applied, loaded, family, "a photo of <rex> on grass", "into_another", picture=(340, 340), latent=again[-1],
+        sheet, applied, loaded, family, "a photo of <rex> on grass", "into_another", picture=(300, 330), latent=again[-1],
     )  # fmt: skip
     sheet.arrange(
         row(
             column(note, group("1  Model and subject", column(loaded, concepts, applied))),
-            group("2  The other picture", column(picture, sized)),
-            group("3  Find the place", column(found, mask, seen)),
-            group("4  Prompt", column(new.prompt, new.negative, *again)),
-            group("5  Draw", new.drawn()),
+            group("2  Find the place in the other picture", column(picture, sized, seen), column(found, mask)),
+            group("3  Prompt", column(new.prompt, new.negative, *again)),
+            group("4  Draw", new.drawn()),
         )
     )
     return sheet

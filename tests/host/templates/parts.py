@@ -57,8 +57,9 @@ class Drawing:
         return column(self.prompt, self.negative, self.latent)
 
     def drawn(self) -> Box:
+        """The picture above what makes it: the editor's map of the graph covers the lower right corner."""
         scaled = [] if self.scaled is None else [self.scaled]
-        return column(self.sampler, self.decoded, *scaled, self.picture)
+        return column(self.picture, self.sampler, self.decoded, *scaled)
 
 
 def draw(

@@ -8,7 +8,9 @@ from typing import Any
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 HEAD = 30
 """Pixels of a node's title, which lies above its position."""
-SLOT, WIDGET, TEXT_AREA, SAID, PICTURE = 20, 24, 76, 60, 224
+SLOT, WIDGET, TEXT_AREA = 20, 24, 68
+BADGE = 28
+"""Of a pack's name below its nodes, in Nodes 2.0."""
 WIDTHS = {"KSampler": 300, "VAEDecode": 300, "ApplyConceptTokens": 300, "PreviewAny": 260, "CLIPTextEncode": 300, "LearnConcepts": 320, "CompareConceptMasks": 272}
 PICTURES = {"LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240}
 """Room for pictures that a node shows itself."""
@@ -35,7 +37,7 @@ def has_control(name: str, spec: list[Any]) -> bool:
 
 
 def least_height(
-    kind: str, specs: dict[str, list[Any]], sockets: int, outputs: int
+    kind: str, specs: dict[str, list[Any]], sockets: int, outputs: int, ours: bool
 ) -> int:
     """The height of a node without its title: sockets, widgets, and what it will show."""
     widgets = {name: spec for name, spec in specs.items() if is_widget(spec)}
@@ -43,7 +45,8 @@ def least_height(
     controls = sum(has_control(name, spec) for name, spec in widgets.items())
     lines = len(widgets) - areas + controls
     own = SLOT * max(sockets, outputs) + WIDGET * lines + TEXT_AREA * areas + 12
-    return own + PICTURES.get(kind, 0) + SAY.get(kind, 0)
+    said = SAY.get(kind, BADGE if ours else 0)
+    return own + PICTURES.get(kind, 0) + said
 
 
 def note_height(text: str, width: int) -> int:
