@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "scripts")]
-from found import FOUND, MISSING, python_of  # noqa: E402
+from found import FOUND, MISSING, ROOT, python_of  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from server import Server  # noqa: E402
+from shipped import FILES, api, models_of, upscaler  # noqa: E402
+from templates.stand_ins import on_demo  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,3 +31,29 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     running = Server(comfyui, python, tmp_path_factory.mktemp(f"server_{comfyui.name}")).start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def models(server: Server) -> Iterator[Server]:
+    """A server with an empty file for every model that a workflow names, and a random upscaler that loads."""
+    wanted = {(m["directory"], m["name"]) for file in FILES for m in models_of(file)}
+    made = [server.base / "models" / folder / name for folder, name in wanted]
+    for path in made:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for path in made:
+        if path.parent.name == "upscale_models":
+            save_file(upscaler(), path)
+    (server.base / "input" / "example.png").write_bytes((ROOT / "docs" / "demo.png").read_bytes())
+    yield server
+    for path in made:
+        path.unlink()
+
+
+@pytest.fixture(scope="session")
+def saved(models: Server) -> Server:
+    """A server on which what the other workflows load has been learned and saved."""
+    models.run(on_demo(api(models, "09")))
+    condition = on_demo(api(models, "20"))
+    models.run({n: of for n, of in condition.items() if of["class_type"] != "SaveImage"})
+    return models

@@ -25,6 +25,17 @@ def python_of(folder: Path) -> Path | None:
     return next((p for p in tries if p.is_file()), None)
 
 
+def front_end_of(folder: Path) -> list[str]:
+    """What starts a ComfyUI with its own front end, where $COMFYUI_FRONTENDS has it.
+
+    That folder has one of `comfyui-frontend-package` for each version, by ComfyUI's folder name, as
+    `pip install --target $COMFYUI_FRONTENDS/ComfyUI-0.8.0 comfyui-frontend-package==1.35.9` makes it.
+    """
+    own = Path(os.environ.get("COMFYUI_FRONTENDS", ""), folder.name, "comfyui_frontend_package")
+    static = own / "static"
+    return ["--front-end-root", str(static)] if (static / "index.html").is_file() else []
+
+
 FOUND = [folder for folder in find_comfyui() if python_of(folder)]
 MISSING = (
     "No ComfyUI found (with a Python environment in its .venv). Set COMFYUI_PATH, and COMFYUI_PYTHON "

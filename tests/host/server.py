@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from found import front_end_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,6 +67,7 @@ class Server:
         command = [
             str(self.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(self.base), "--disable-auto-launch",
+            *front_end_of(self.comfyui),
         ]  # fmt: skip
         self.log = (self.base / "server.log").open("ab")
         self.process = subprocess.Popen(

@@ -4,92 +4,17 @@ Those for checkpoints run on the demo model in the loaders' place (templates/sta
 as in the file.
 """
 
-import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from found import ROOT
-from safetensors.torch import save_file
-from server import Graph, Server
+from server import Server
+from shipped import FILES, read, skip_older
 from templates.stand_ins import on_demo, shortened
 from workflow_ui import to_api
 from write_workflows import described
 
-FILES = sorted((ROOT / "workflows").glob("*.json"))
-NEEDED = re.compile(r"v(\d+)\.(\d+)\.\d+ and newer")
 QUICK = ("01", "09", "10", "13", "18")
 """Numbers of the workflows that run with every call of the tests; the others are marked slow."""
-
-
-def read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def api(server: Server, number: str) -> Graph:
-    """The first workflow of that number, as the editor would queue it."""
-    file = next(each for each in FILES if each.name.startswith(number))
-    return to_api(read(file), server.get("/object_info"))
-
-
-def skip_older(server: Server, file: Path) -> None:
-    """Skip a workflow whose title says that it needs a newer ComfyUI."""
-    needed = NEEDED.search(file.stem)
-    has = server.get("/system_stats")["system"]["comfyui_version"].lstrip("v").split(".")
-    if needed and tuple(map(int, has[:2])) < tuple(map(int, needed.groups())):
-        pytest.skip(f"needs ComfyUI {needed[0]}")
-
-
-def models_of(file: Path) -> list[dict[str, str]]:
-    """What the loaders in a workflow say of the files that they want."""
-    return [m for node in read(file)["nodes"] for m in node["properties"].get("models", [])]
-
-
-@pytest.fixture(scope="session")
-def models(server: Server) -> Iterator[Server]:
-    """A server with an empty file for every model that a workflow names, and a random upscaler that loads."""
-    wanted = {(m["directory"], m["name"]) for file in FILES for m in models_of(file)}
-    made = [server.base / "models" / folder / name for folder, name in wanted]
-    for path in made:
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    for path in made:
-        if path.parent.name == "upscale_models":
-            save_file(upscaler(), path)
-    (server.base / "input" / "example.png").write_bytes((ROOT / "docs" / "demo.png").read_bytes())
-    yield server
-    for path in made:
-        path.unlink()
-
-
-@pytest.fixture(scope="session")
-def saved(models: Server) -> Server:
-    """A server on which what the other workflows load has been learned and saved."""
-    models.run(on_demo(api(models, "09")))
-    condition = on_demo(api(models, "20"))
-    models.run({n: of for n, of in condition.items() if of["class_type"] != "SaveImage"})
-    return models
-
-
-def upscaler(width: int = 4, growth: int = 32) -> dict[str, torch.Tensor]:
-    """Random weights of a Real-ESRGAN (x4) with one block, under the names of the published files."""
-    generator = torch.Generator().manual_seed(0)
-    inside = [(growth, width + n * growth) for n in range(4)] + [(width, width + 4 * growth)]
-    layers = {
-        f"body.0.rdb{block}.conv{n}": sizes
-        for block in (1, 2, 3)
-        for n, sizes in enumerate(inside, start=1)
-    }
-    layers |= {"conv_first": (width, 3), "conv_last": (3, width)}
-    layers |= dict.fromkeys(("conv_body", "conv_up1", "conv_up2", "conv_hr"), (width, width))
-    weights = {
-        f"{name}.weight": 0.1 * torch.randn(*sizes, 3, 3, generator=generator)
-        for name, sizes in layers.items()
-    }
-    return weights | {f"{name}.bias": torch.zeros(sizes[0]) for name, sizes in layers.items()}
 
 
 def test_files_are_what_their_descriptions_make(server: Server) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 from found import FOUND, MISSING, ROOT, python_of
 from server import Server
-from templates import ALL
+from templates import ALL, BLUEPRINTS, blueprint
 
-FOLDER = ROOT / "workflows"
+WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 
 
 def text_of(content: Mapping[str, Any]) -> str:
@@ -29,9 +29,13 @@ def text_of(content: Mapping[str, Any]) -> str:
 
 
 def described(info: Mapping[str, Any]) -> dict[Path, str]:
-    """Every file of the workflows, and what it should hold."""
+    """Every file of the workflows and blueprints, and what it should hold."""
     sheets = [make(info) for make in ALL]
-    return {FOLDER / f"{sheet.name}.json": text_of(sheet.workflow()) for sheet in sheets}
+    files = {WORKFLOWS / f"{sheet.name}.json": text_of(sheet.workflow()) for sheet in sheets}
+    for make_one in BLUEPRINTS:
+        sheet, shown = make_one(info)
+        files[SUBGRAPHS / f"{sheet.name}.json"] = text_of(blueprint(sheet, shown))
+    return files
 
 
 def object_info(url: str | None) -> Any:
@@ -54,9 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--url", help="of a ComfyUI that runs")
     files = described(object_info(parser.parse_args().url))
+    SUBGRAPHS.mkdir(exist_ok=True)
     for path, text in files.items():
         path.write_text(text, encoding="utf-8")
-    for path in {*FOLDER.glob("*.json")} - set(files):
+    for path in {*WORKFLOWS.glob("*.json"), *SUBGRAPHS.glob("*.json")} - set(files):
         path.unlink()
 
 

@@ -1,7 +1,11 @@
-"""The bundled workflows, described."""
+"""The bundled workflows and blueprints, described."""
 
+from templates.beyond import BEYOND
+from templates.blueprints import BLUEPRINTS, blueprint
 from templates.checkpoints import CHECKPOINTS
 from templates.demo import DEMO
 from templates.masked import MASKED
 
-ALL = (*DEMO, *CHECKPOINTS, *MASKED)
+__all__ = ["ALL", "BLUEPRINTS", "blueprint"]
+
+ALL = (*DEMO, *CHECKPOINTS, *MASKED, *BEYOND)

@@ -8,15 +8,19 @@ from typing import Any
 
 from templates.boxes import column, group, row
 from templates.editor import Placed, Sheet
-from templates.parts import SD15, SDXL, Family, checkpoint, draw, file, read, show, show_masks
+from templates.parts import SD15, SDXL, Family, checkpoint, draw, file, show, show_masks
 
 Info = Mapping[str, Any]
 SAVED = "my_concepts.safetensors"
 """What the workflow that learns and saves writes, for those that load."""
 CANNY = file(
-    "control_v11p_sd15_canny_fp16.safetensors", "comfyanonymous/ControlNet-v1-1_fp16_safetensors", "controlnet"
+    "control_v11p_sd15_canny_fp16.safetensors",
+    "comfyanonymous/ControlNet-v1-1_fp16_safetensors",
+    "controlnet",
 )
-UPSCALER = file("RealESRGAN_x4plus.safetensors", "Comfy-Org/Real-ESRGAN_repackaged", "upscale_models")
+UPSCALER = file(
+    "RealESRGAN_x4plus.safetensors", "Comfy-Org/Real-ESRGAN_repackaged", "upscale_models"
+)
 NEEDS = "Run *Learn and save* first, or choose another file in *Load Concepts*."
 
 
@@ -24,9 +28,7 @@ def photo(sheet: Sheet, title: str = "Your picture", height: int = 320) -> Place
     return sheet.add("LoadImage", title=title, width=300, height=height, image="example.png")
 
 
-def learn_from(
-    sheet: Sheet, loaded: Placed, examples: Any, **changes: Any
-) -> Placed:
+def learn_from(sheet: Sheet, loaded: Placed, examples: Any, **changes: Any) -> Placed:
     """Learn Concepts with what suits photographs."""
     values = {"mode": "find and improve", "steps": 400, "joint": "nothing"} | changes
     return sheet.add(
@@ -44,10 +46,13 @@ def saved_concepts(sheet: Sheet, loaded: Placed, **more: Any) -> tuple[Placed, P
     return concepts, applied
 
 
-def draw_with(sheet: Sheet, applied: Placed, loaded: Placed, family: Family, text: str, name: str, **more: Any) -> Any:
+def draw_with(
+    sheet: Sheet, applied: Placed, loaded: Placed, family: Family, text: str, name: str, **more: Any
+) -> Any:
     """Prompts, sampler and pictures of the family's size."""
     return draw(
-        sheet, applied["MODEL"], applied["CLIP"], loaded["VAE"], text, name, side=family.side, batch=1, cfg=family.cfg,
+        sheet, applied["MODEL"], applied["CLIP"], loaded["VAE"], text, name, side=family.side, batch=1,
+        cfg=family.cfg,
         enlarge=1, **more,
     )  # fmt: skip
 
@@ -59,9 +64,12 @@ def learn_and_save(family: Family, info: Info) -> Sheet:
         "Learns what the prompt marks in your picture, and saves it for other workflows and programs.",
     )
     note = sheet.note(
-        "1. Choose your picture, and describe it in *Concept Example*: `<rex:dog>` marks a thing to learn, called "
-        "rex, that looks like a dog at first. Mark the background too.\n2. **Run.** The masks appear while it learns; "
-        "no need to paint any. 400 steps take minutes on a graphics card.\n3. *Save Concepts* says which file goes "
+        "1. Choose your picture, and describe it in *Concept Example*: `<rex:dog>` marks a thing to learn, "
+        "called "
+        "rex, that looks like a dog at first. Mark the background too.\n2. **Run.** The masks appear while "
+        "it learns; "
+        "no need to paint any. 400 steps take minutes on a graphics card.\n3. *Save Concepts* says which "
+        "file goes "
         "where, and what to write. `my_concepts` is what the other workflows load.",
     )  # fmt: skip
     loaded = checkpoint(sheet, family)
@@ -70,7 +78,9 @@ def learn_and_save(family: Family, info: Info) -> Sheet:
         "ConceptExample", width=320, image=picture, prompt="a photo of <rex:dog> on <shore:beach>"
     )
     learned = learn_from(sheet, loaded, example, joint="LoRA")
-    settings = sheet.add("ConceptSettings", title="Concept Settings (may stay as they are)", width=340)
+    settings = sheet.add(
+        "ConceptSettings", title="Concept Settings (may stay as they are)", width=372
+    )
     learned.links["settings"] = settings["settings"]
     curves = show(sheet, learned["curves"], "Curves", (320, 250))
     masks = show_masks(sheet, learned["masks"], "Masks: rex, shore", (320, 260))
@@ -95,12 +105,20 @@ def load_and_draw(family: Family, info: Info) -> Sheet:
         "Draws saved concepts with ordinary prompts.",
     )
     note = sheet.note(
-        f"{NEEDS} Write `<rex>` like any word, also with a weight as in `(<rex>:1.2)`. *strength* 0 falls back to the "
-        "words that the concept started from.",
+        f"{NEEDS} Write `<rex>` like any word, also with a weight as in `(<rex>:1.2)`. *strength* 0 falls back to "
+        "the words that the concept started from.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
-    new = draw_with(sheet, applied, loaded, family, "a photo of <rex> in the snow, mountains", "concepts", picture=(460, 460))
+    new = draw_with(
+        sheet,
+        applied,
+        loaded,
+        family,
+        "a photo of <rex> in the snow, mountains",
+        "concepts",
+        picture=(460, 460),
+    )
     sheet.arrange(
         row(
             column(note, group("1  Model and concepts", column(loaded, concepts, applied))),
@@ -119,8 +137,8 @@ def with_controlnet(info: Info) -> Sheet:
         "Draws saved concepts along the edges of another picture.",
     )
     note = sheet.note(
-        f"{NEEDS} The lines of your picture (*Canny*) say where things go, `<rex>` says what is drawn there. Lower the "
-        "ControlNet's *strength* if the concept looks forced into the lines.",
+        f"{NEEDS} The lines of your picture (*Canny*) say where things go, `<rex>` says what is drawn there. Lower "
+        "the ControlNet's *strength* if the concept looks forced into the lines.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
@@ -128,9 +146,18 @@ def with_controlnet(info: Info) -> Sheet:
     edges = sheet.add("Canny", width=300, image=picture, low_threshold=0.3, high_threshold=0.7)
     seen = show(sheet, edges, "Its edges", (300, 240))
     net = sheet.add("ControlNetLoader", width=300, models=(CANNY,), control_net_name=CANNY["name"])
-    new = draw_with(sheet, applied, loaded, family, "a photo of <rex> in a garden", "controlnet", picture=(340, 340))
+    new = draw_with(
+        sheet,
+        applied,
+        loaded,
+        family,
+        "a photo of <rex> in a garden",
+        "controlnet",
+        picture=(340, 340),
+    )
     guided = sheet.add(
-        "ControlNetApplyAdvanced", width=300, positive=new.prompt, negative=new.negative, control_net=net, image=edges,
+        "ControlNetApplyAdvanced", width=300, positive=new.prompt, negative=new.negative, control_net=net,
+        image=edges,
         strength=0.8,
     )  # fmt: skip
     new.sampler.links |= {"positive": guided["positive"], "negative": guided["negative"]}
@@ -153,26 +180,45 @@ def second_pass(info: Info) -> Sheet:
         "Draws saved concepts, adds detail at one and a half times the size, and enlarges the result.",
     )
     note = sheet.note(
-        f"{NEEDS} The second pass draws the enlarged latent again at half strength, with the concepts, so details stay "
-        "those of `<rex>`. The upscale model then only enlarges.",
+        f"{NEEDS} The second pass draws the enlarged latent again at half strength, with the concepts, so details "
+        "stay those of `<rex>`. The upscale model then only enlarges.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
-    new = draw_with(sheet, applied, loaded, family, "a photo of <rex> on a sofa, detailed fur", "first_pass", picture=(300, 300))
-    larger = sheet.add("LatentUpscaleBy", width=300, samples=new.sampler, upscale_method="bislerp", scale_by=1.5)
+    new = draw_with(
+        sheet,
+        applied,
+        loaded,
+        family,
+        "a photo of <rex> on a sofa, detailed fur",
+        "first_pass",
+        picture=(300, 300),
+    )
+    larger = sheet.add(
+        "LatentUpscaleBy", width=300, samples=new.sampler, upscale_method="bislerp", scale_by=1.5
+    )
     again = sheet.add(
         "KSampler", title="Second pass", model=applied["MODEL"], positive=new.prompt, negative=new.negative,
-        latent_image=larger, seed=1, steps=20, cfg=family.cfg, sampler_name="euler", scheduler="normal", denoise=0.5,
+        latent_image=larger, seed=1, steps=20, cfg=family.cfg, sampler_name="euler", scheduler="normal",
+        denoise=0.5,
     )  # fmt: skip
     decoded = sheet.add("VAEDecode", samples=again, vae=loaded["VAE"])
     second = show(sheet, decoded, "Second pass", (300, 300))
-    upscaler = sheet.add("UpscaleModelLoader", width=320, models=(UPSCALER,), model_name=UPSCALER["name"])
+    upscaler = sheet.add(
+        "UpscaleModelLoader", width=320, models=(UPSCALER,), model_name=UPSCALER["name"]
+    )
     enlarged = sheet.add("ImageUpscaleWithModel", width=320, upscale_model=upscaler, image=decoded)
     final = show(sheet, enlarged, "", (320, 340), save="upscaled")
     sheet.arrange(
         row(
             column(note, group("1  Model and concepts", column(loaded, concepts, applied))),
-            group("2  Prompt and first pass", column(new.text(),), column(new.sampler, new.decoded, new.picture)),
+            group(
+                "2  Prompt and first pass",
+                column(
+                    new.text(),
+                ),
+                column(new.sampler, new.decoded, new.picture),
+            ),
             group("3  Second pass", column(larger, again, decoded, second)),
             group("4  Enlarge", column(upscaler, enlarged, final)),
         )

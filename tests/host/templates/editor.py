@@ -18,6 +18,8 @@ PACK = "visual-concepts"
 SPACE = uuid.UUID("7c1f6f4e-3a35-5f0c-9a43-0f6f0f4b7a11")
 """The namespace of the ids, which stay the same for a name."""
 NOTE = {"color": "#222", "bgcolor": "#000"}
+INLETS, OUTLETS = -10, -20
+"""The ids that a blueprint's own sockets have inside it."""
 LEFT, TOP = 90, 100
 """Where the upper left corner lies on the screen: beside and below the editor's bars."""
 
@@ -66,6 +68,8 @@ class Sheet:
         self.info, self.name, self.description = info, name, description
         self.nodes: list[Placed] = []
         self.layout: Box | None = None
+        self.inlets = Placed(INLETS, "", "", 120, 40, {}, [], {}, {})
+        self.outlets: list[tuple[str, Out]] = []
 
     def note(self, text: str, width: int = 300, height: int = 0) -> Placed:
         """A note of this text in Markdown."""
@@ -98,7 +102,9 @@ class Sheet:
         """
         of, kind = self.info[node], node
         specs = inputs_of(of)
-        named = {name.replace("__", "."): value for name, value in {**inputs, **(widgets or {})}.items()}
+        named = {
+            name.replace("__", "."): value for name, value in {**inputs, **(widgets or {})}.items()
+        }
         links = {
             name: Out(value, 0) if isinstance(value, Placed) else value
             for name, value in named.items()
@@ -121,6 +127,15 @@ class Sheet:
         placed.height = height or least_height(kind, specs, sockets, len(outputs), ours)
         self.nodes.append(placed)
         return placed
+
+    def inlet(self, name: str, kind: str) -> Out:
+        """An input of a blueprint, as something to link from inside it."""
+        self.inlets.outputs.append((name, kind))
+        return self.inlets[name]
+
+    def outlet(self, name: str, out: Out) -> None:
+        """An output of a blueprint."""
+        self.outlets.append((name, out))
 
     def arrange(self, box: Box) -> None:
         """Put the nodes where the box has them."""
@@ -159,9 +174,16 @@ class Sheet:
             for slot, (name, _) in enumerate(sockets_of(node)):
                 if name in node.links:
                     out = node.links[name]
-                    kind = out.node.outputs[out.slot][1]
-                    found.append([len(found) + 1, out.node.id, out.slot, node.id, slot, kind])
+                    ends = [out.node.id, out.slot, node.id, slot]
+                    found.append([len(found) + 1, *ends, kind_of(out)])
+        for slot, (_, out) in enumerate(self.outlets):
+            found.append([len(found) + 1, out.node.id, out.slot, OUTLETS, slot, kind_of(out)])
         return found
+
+
+def kind_of(out: Out) -> str:
+    """The type of what an output gives."""
+    return out.node.outputs[out.slot][1]
 
 
 def inputs_of(of: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -179,7 +201,7 @@ def sockets_of(node: Placed) -> list[tuple[str, str]]:
     for name, spec in node.specs.items():
         grown = [linked for linked in node.links if linked.startswith(f"{name}.")]
         if grown:
-            found += [(linked, node.links[linked].node.outputs[0][1]) for linked in grown]
+            found += [(linked, kind_of(node.links[linked])) for linked in grown]
         elif name in node.links or not is_widget(spec):
             found.append((name, spec[0] if isinstance(spec[0], str) else "COMBO"))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from templates.boxes import Box, column
 from templates.editor import Out, Placed, Sheet
@@ -79,7 +78,8 @@ def draw(
 ) -> Drawing:
     """Two prompts, an empty latent, a sampler, and the picture saved.
 
-    The size, the guidance and the factor that pictures are enlarged by are the demo model's, which draws 64 x 64.
+    The size, the guidance and the factor that pictures are enlarged by are the demo model's,
+    which draws 64 x 64.
     """
     prompt = sheet.add("CLIPTextEncode", title="Prompt", clip=clip, text=text)
     negative = sheet.add("CLIPTextEncode", title="Negative prompt", height=90, clip=clip, text="")

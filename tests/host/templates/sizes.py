@@ -11,11 +11,20 @@ HEAD = 30
 SLOT, WIDGET, TEXT_AREA = 20, 24, 68
 BADGE = 28
 """Of a pack's name below its nodes, in Nodes 2.0."""
-WIDTHS = {"KSampler": 300, "VAEDecode": 300, "ApplyConceptTokens": 300, "PreviewAny": 260, "CLIPTextEncode": 300, "LearnConcepts": 320, "CompareConceptMasks": 272}
+WIDTHS = {
+    "KSampler": 300,
+    "VAEDecode": 300,
+    "ApplyConceptTokens": 300,
+    "PreviewAny": 260,
+    "CLIPTextEncode": 300,
+    "LearnConcepts": 320,
+    "CompareConceptMasks": 272,
+}
 PICTURES = {"LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240}
 """Room for pictures that a node shows itself."""
 SAY = {
-    "LearnConcepts": 222, "LearnVisualCondition": 190, "SaveConcepts": 170, "DiscoverConcepts": 84,
+    "LearnConcepts": 222, "LearnVisualCondition": 190, "SaveConcepts": 170, "LoadConcepts": 64,
+    "DiscoverConcepts": 84,
     "ExtractLatentMasks": 84, "CompareConceptMasks": 84, "SaveVisualCondition": 66,
     "MaskTrainingConditioning": 66, "ConceptMaskByName": 50, "SaveConceptTrainingSet": 170,
     "EvaluateConcepts": 170,

@@ -91,7 +91,9 @@ def control_net(graph: Graph, name: str) -> None:
 
 def true_masks(graph: Graph, name: str) -> None:
     """SAM 3's masks: the true ones of the scene, each a batch of one."""
-    scene = next(n for n, of in graph.items() if of["class_type"] in ("LoadImage", "ConceptDemoScene"))
+    scene = next(
+        n for n, of in graph.items() if of["class_type"] in ("LoadImage", "ConceptDemoScene")
+    )
     if any(of["class_type"] == "SAM3_Detect" for of in graph.values()):
         for node in graph.values():
             for key, value in node["inputs"].items():
