@@ -76,9 +76,13 @@ def chosen(
     between = [
         n for n in order if n not in scenes + drawn and not any(w in titles[n] for w in left_out)
     ]
-    room = 4 - len(scenes) - len(drawn)
-    names = [*scenes, *(between[:room] if room > 0 else []), *drawn][:4]
-    return [outputs[name]["images"] for name in names]
+    between = [n for n in between if "Curves" not in titles[n]] or between
+    names = [*scenes, *between[: max(0, 4 - len(scenes) - len(drawn))], *drawn][:4]
+    tiles = [outputs[name]["images"] for name in names]
+    last = tiles.pop() if len(tiles) < 4 else []
+    # Several pictures that were drawn fill what is left of the square by themselves.
+    apart = [[each] for each in last[: 4 - len(tiles)]]
+    return tiles + (apart if len(tiles) + len(apart) in (2, 4) else [last] if last else [])
 
 
 def tile(pictures: list[Image.Image]) -> Image.Image:
