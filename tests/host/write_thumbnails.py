@@ -53,7 +53,7 @@ def prepared(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
     if any(of["class_type"] == "ConceptDemoScene" for of in graph.values()):
         graph = shortened(graph, 20, LEARNING)
     else:
-        graph = on_demo(graph, 20, LEARNING)
+        graph = on_demo(graph, 12, LEARNING // 2)
     scenes = [name for name, of in graph.items() if of["class_type"] == "ConceptDemoScene"]
     seen = {
         f"scene{name}": {"class_type": "PreviewImage", "inputs": {"images": [name, 0]}}
