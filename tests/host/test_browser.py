@@ -33,8 +33,7 @@ OVERLAPS = """() => {
     .filter(b => !apart(a, b) && !apart(b, a)).map(b => `${a[0]} / ${b[0]}`))
 }"""
 PICTURES = """() => [...document.querySelectorAll('img')]
-  .filter(i => i.src.includes('workflow_templates') && i.naturalWidth > 100)
-  .map(i => decodeURIComponent(i.src.split('/').pop()))"""
+  .filter(i => i.naturalWidth >= 500).map(i => i.alt)"""
 FAULTY = "() => window.app.graph.nodes.filter(n => n.has_errors).map(n => n.title)"
 
 
@@ -123,17 +122,15 @@ def test_template_browser(page: Any, saved: Server) -> None:
     """Every workflow is listed by its name with its picture, and a click opens it."""
     page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("visual-concepts", exact=True).first.click()
-    shown = "[data-testid^='template-workflow-'], .template-card, img[src*='workflow_templates']"
-    page.wait_for_selector(shown, timeout=60_000)
     deadline = time.monotonic() + 60
     seen: set[str] = set()
-    wanted = {file.with_suffix(".jpg").name for file in FILES}
-    while seen != wanted and time.monotonic() < deadline:
+    wanted = {file.stem for file in FILES}
+    while not wanted <= seen and time.monotonic() < deadline:
         seen |= set(page.evaluate(PICTURES))
         page.mouse.move(960, 600)
         page.mouse.wheel(0, 400)
         page.wait_for_timeout(300)
-    assert seen == wanted
+    assert wanted <= seen
     page.mouse.wheel(0, -20_000)
     page.wait_for_timeout(500)
     page.get_by_text(FILES[0].stem).first.click()

@@ -54,6 +54,11 @@ def prepared(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
         graph = shortened(graph, 20, LEARNING)
     else:
         graph = on_demo(graph, 12, LEARNING // 2)
+    for node in graph.values():
+        # An upscale model of random weights draws nothing.
+        if node["class_type"] == "ImageUpscaleWithModel":
+            kept = {"upscale_method": "lanczos", "scale_by": 4.0, "image": node["inputs"]["image"]}
+            node.update({"class_type": "ImageScaleBy", "inputs": kept})
     scenes = [name for name, of in graph.items() if of["class_type"] == "ConceptDemoScene"]
     seen = {
         f"scene{name}": {"class_type": "PreviewImage", "inputs": {"images": [name, 0]}}
@@ -76,7 +81,7 @@ def chosen(
     between = [
         n for n in order if n not in scenes + drawn and not any(w in titles[n] for w in left_out)
     ]
-    between = [n for n in between if "Curves" not in titles[n]] or between
+    between = [n for n in between if "Curves" not in titles[n] or not drawn]
     names = [*scenes, *between[: max(0, 4 - len(scenes) - len(drawn))], *drawn][:4]
     tiles = [outputs[name]["images"] for name in names]
     last = tiles.pop() if len(tiles) < 4 else []
@@ -101,14 +106,19 @@ def tile(pictures: list[Image.Image]) -> Image.Image:
 
 
 def sheet(tiles: list[Image.Image]) -> Image.Image:
-    """Two tiles side by side, four in a square, three with the last in the middle below."""
-    rows = [tiles[:2], tiles[2:]] if len(tiles) > 2 else [tiles]
-    width, height = 2 * SIDE + 3 * MARGIN, len(rows) * (SIDE + MARGIN) + MARGIN
+    """One tile large; two side by side; three with the last one large beside them; four in a square."""
+    step, large = SIDE + MARGIN, 2 * SIDE + MARGIN
+    if len(tiles) == 1:
+        return tiles[0].resize((large, large), Image.Resampling.LANCZOS)
+    if len(tiles) == 3:
+        tiles[2] = tiles[2].resize((large, large), Image.Resampling.LANCZOS)
+    across = {2: [(0, 0), (1, 0)], 3: [(0, 0), (0, 1), (1, 0)]}
+    places = across.get(len(tiles), [(0, 0), (1, 0), (0, 1), (1, 1)])
+    width = max(x * step + tile.width for (x, _), tile in zip(places, tiles, strict=True))
+    height = max(y * step + tile.height for (_, y), tile in zip(places, tiles, strict=True))
     canvas = Image.new("RGB", (width, height), "white")
-    for y, row in enumerate(rows):
-        left = (width - len(row) * SIDE - (len(row) - 1) * MARGIN) // 2
-        for x, each in enumerate(row):
-            canvas.paste(each, (left + x * (SIDE + MARGIN), MARGIN + y * (SIDE + MARGIN)))
+    for (x, y), each in zip(places, tiles, strict=True):
+        canvas.paste(each, (x * step, y * step))
     return canvas
 
 

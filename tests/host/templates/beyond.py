@@ -24,7 +24,7 @@ def train_lora(info: Info) -> Sheet:
     family = SDXL
     sheet = Sheet(
         info,
-        "17 Masks for Train LoRA (SDXL, ComfyUI v0.33.0 and newer)",
+        "17 Train LoRA (SDXL, v0.33.0)",
         "Trains a LoRA with ComfyUI's own node inside the mask of your subject alone.",
     )
     note = sheet.note(
@@ -87,7 +87,7 @@ def train_lora(info: Info) -> Sheet:
 def stock_only(family: Family, info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        f"18 The LoRA file with stock nodes only ({family.title})",
+        f"18 Stock nodes only ({family.title})",
         "Draws a saved concept without any node of this pack: one LoRA and a plain trigger word.",
     )
     note = sheet.note(
@@ -119,7 +119,7 @@ def measure(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "19 Measure what was learned (SD 1.5)",
+        "19 Measure (SD 1.5)",
         "Draws prompts with saved concepts and measures how well they are followed and how alike they look.",
     )
     note = sheet.note(
@@ -155,7 +155,7 @@ def saved_condition(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "20 Learn a visual condition, and draw with a saved one (SD 1.5)",
+        "20 Visual condition (SD 1.5)",
         "Learns blocks that look at your picture while drawing and saves them; draws with a saved file.",
     )
     note = sheet.note(

@@ -133,7 +133,7 @@ def with_controlnet(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "11 Load, draw, ControlNet (SD 1.5)",
+        "11 ControlNet (SD 1.5)",
         "Draws saved concepts along the edges of another picture.",
     )
     note = sheet.note(
@@ -176,7 +176,7 @@ def second_pass(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "12 Load, draw, second pass, upscale (SD 1.5)",
+        "12 Second pass, upscale (SD 1.5)",
         "Draws saved concepts, adds detail at one and a half times the size, and enlarges the result.",
     )
     note = sheet.note(

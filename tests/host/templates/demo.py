@@ -20,7 +20,7 @@ from templates.parts import draw, read, show
 def two_together(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "01 Learn two concepts and draw them together",
+        "01 Learn two concepts",
         "Learns two objects and their masks from one picture, then draws both in a new place.",
     )
     note = sheet.note(
@@ -70,7 +70,7 @@ def two_together(info: Info) -> Sheet:
 def other_background(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "02 Subject of one picture, background of another",
+        "02 Subject on a new background",
         "Learns the objects of one picture and the background of another, and draws them together.",
     )
     note = sheet.note(
@@ -120,7 +120,7 @@ def other_background(info: Info) -> Sheet:
 def layout(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "05 Lay out concepts by masks",
+        "05 Lay out by masks",
         "Says where in the picture each learned concept goes.",
     )
     note = sheet.note(
@@ -186,7 +186,7 @@ def layout(info: Info) -> Sheet:
 def visual_condition(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "08 Look at the picture while drawing",
+        "08 Visual condition",
         "Learns small blocks that look at the concepts' pictures while drawing (a visual condition).",
     )
     note = sheet.note(

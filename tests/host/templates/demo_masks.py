@@ -35,7 +35,7 @@ def apply(sheet: Sheet, model: Placed, concepts: Placed, **more: Any) -> Placed:
 def text_to_mask(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "03 Text to mask with heat maps",
+        "03 Text to mask, heat maps",
         "Finds what the prompt marks: heat maps, masks, and masks that follow the picture's edges.",
     )
     note = sheet.note(
@@ -116,7 +116,7 @@ def refine_any_mask(info: Info) -> Sheet:
 def em_beside_fixed(info: Info) -> Sheet:
     sheet = Sheet(
         info,
-        "06 Updated masks beside fixed masks",
+        "06 Improved and fixed masks",
         "Learns the same picture twice, with masks that are updated (EM) and masks that stay, and compares.",
     )
     note = sheet.note(

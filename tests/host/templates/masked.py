@@ -48,7 +48,7 @@ def inpaint(info: Info) -> Sheet:
     family = SDXL
     sheet = Sheet(
         info,
-        "13 Inpaint with an extracted mask (SDXL)",
+        "13 Inpaint by text (SDXL)",
         "Finds a thing in your picture by its name and draws something else in its place.",
     )
     note = sheet.note(
@@ -83,7 +83,7 @@ def into_another(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "14 One subject into another picture (SD 1.5)",
+        "14 Subject into a picture (SD 1.5)",
         "Puts a learned subject, with its LoRA, in the place of something in another picture.",
     )
     note = sheet.note(
@@ -122,7 +122,7 @@ def with_sam(info: Info) -> Sheet:
     family = SDXL
     sheet = Sheet(
         info,
-        "15 SAM 3 masks, then learn (SDXL, ComfyUI v0.33.0 and newer)",
+        "15 SAM 3 masks (SDXL, v0.33.0)",
         "Learns two concepts under masks that SAM 3 finds by their names.",
     )
     note = sheet.note(
@@ -183,7 +183,7 @@ def what_is_in(info: Info) -> Sheet:
     family = SD15
     sheet = Sheet(
         info,
-        "16 What is in this picture, draw one thing elsewhere (SD 1.5)",
+        "16 Discover and draw (SD 1.5)",
         "Finds the things in your picture without a word about them, learns them and draws one elsewhere.",
     )
     note = sheet.note(
