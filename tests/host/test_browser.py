@@ -24,8 +24,11 @@ CANVASES = ("canvas", "Nodes 2.0")
 TEXT = "[data-testid=visual_concepts_text]"
 OPEN = "workflow => window.app.loadGraphData(workflow)"
 SCREEN = {"width": 1920, "height": 1080}
-NOT_OURS = ("Failed to load resource", "core workflow templates", "ERR_NAME_NOT_RESOLVED")
-"""What the front end says where it has no network and no templates of ComfyUI's own."""
+NOT_OURS = (
+    "Failed to load resource", "core workflow templates", "ERR_NAME_NOT_RESOLVED",
+    "graph accessed before initialization",
+)  # fmt: skip
+"""What the front end says where it has no network, no templates of ComfyUI's own, and is asked early."""
 OVERLAPS = """() => {
   const boxes = window.app.graph.nodes.map(n => [n.title, ...n.getBounding()])
   const apart = (a, b) => a[1] + a[3] <= b[1] + 1 || a[2] + a[4] <= b[2] + 1
