@@ -10,7 +10,7 @@ from torch import Tensor
 from ..pictures import Picture
 from .crf import MaskRefiner, labels
 from .guards import Guards
-from .regions import Regions, anchored, belonging
+from .regions import Regions, belonging, placed
 from .resizing import cut, resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
@@ -58,9 +58,9 @@ def masks_from_maps(
     scaled = min_max(resize(maps, size, "map"), settings.peak)
     anchors = None
     if regions is not None:
-        sharp = min_max(maps, settings.peak)
-        scaled = scaled * resize(belonging(sharp, regions, settings.share), size, "mask")
-        own = anchored(sharp, regions)
+        concepts = placed(min_max(maps, settings.peak), regions)
+        scaled = scaled * resize(belonging(concepts, settings.share), size, "mask")
+        own = concepts.anchors
         anchors = None if own is None else cut(resize(own, size, "mask"))
         scaled = scaled / scaled.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
     thresholded = binarise(scaled, settings.threshold, settings.competition)

@@ -177,11 +177,31 @@ def anchors(
     return chosen.to(found.device)
 
 
-def anchored(maps: Float[Tensor, "k _h _w"], regions: Regions) -> Float[Tensor, "k h w"] | None:
-    """The cells (1) of the region that each concept is anchored in; None where there are too few."""
+@dataclass(frozen=True)
+class Placed:
+    """Concepts among a picture's regions.
+
+    Attributes:
+        members: [r, h, w], 1 where a cell belongs to a region, 0 elsewhere.
+        found: [k, r], the evidence for each concept in each region.
+        chosen: [k], the region that each concept is anchored in; None where there are too few.
+    """
+
+    members: Float[Tensor, "r h w"]
+    found: Float[Tensor, "k r"]
+    chosen: Int[Tensor, " k"] | None
+
+    @property
+    def anchors(self) -> Float[Tensor, "k h w"] | None:
+        """The cells (1) of the region that each concept is anchored in."""
+        return None if self.chosen is None else self.members[self.chosen]
+
+
+def placed(maps: Float[Tensor, "k _h _w"], regions: Regions) -> Placed:
+    """Give each concept its region, by its attention map in 0..1 of any size."""
     members = regions.members
-    chosen = anchors(evidence(maps, members), members, regions.alike)
-    return None if chosen is None else members[chosen]
+    found = evidence(maps, members)
+    return Placed(members, found, anchors(found, members, regions.alike))
 
 
 def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:
@@ -200,9 +220,7 @@ def centroids(members: Float[Tensor, "r h w"]) -> tuple[list[float], list[float]
     return x.tolist(), y.tolist()
 
 
-def belonging(
-    maps: Float[Tensor, "k _h _w"], regions: Regions, share: float
-) -> Float[Tensor, "k h w"]:
+def belonging(concepts: Placed, share: float) -> Float[Tensor, "k h w"]:
     """How far each cell may belong to each concept: 1, or 0 in regions that are something else.
 
     A region is given to the concept that it resembles most, measured against the concept's own
@@ -211,22 +229,19 @@ def belonging(
     that the prompt does not name.
 
     Args:
-        maps: attention maps in 0..1, of any size.
-        regions: the picture's regions.
+        concepts: the concepts among the regions.
         share: 0..1.
     """
-    members = regions.members
-    found = evidence(maps, members)
-    chosen = anchors(found, members, regions.alike)
+    members, found, chosen = concepts.members, concepts.found, concepts.chosen
     if chosen is None:
-        return torch.ones(len(maps), *members.shape[1:], device=maps.device)
-    concepts = torch.arange(len(maps), device=maps.device)
-    resemblance = found / found[concepts, chosen][:, None].clamp(min=1e-6)
+        return found.new_ones(len(found), *members.shape[1:])
+    number = torch.arange(len(found), device=found.device)
+    resemblance = found / found[number, chosen][:, None].clamp(min=1e-6)
     resemblance[:, chosen] = 0
-    resemblance[concepts, chosen] = torch.inf
+    resemblance[number, chosen] = torch.inf
     best, owner = resemblance.max(dim=0)
     nobody = best < share
-    own = (owner[None] == concepts[:, None]) & ~nobody[None]
+    own = (owner[None] == number[:, None]) & ~nobody[None]
     barred = ~own & (~nobody[None] | (found > FAINT))
     mine, closed = (torch.einsum("k r, r h w -> k h w", x.float(), members) for x in (own, barred))
     # A thing reaches a little over its region's cells; its rim is barred too where it is not one's own.

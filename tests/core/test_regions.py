@@ -17,6 +17,7 @@ from em_core.masks.regions import (
     evidence,
     find_regions,
     neighbours,
+    placed,
     with_spots,
 )
 from em_core.model.layers import AttentionLayer, region_layers
@@ -131,7 +132,7 @@ def test_concepts_that_are_alike_stand_from_left_to_right() -> None:
 
 def test_a_nameless_thing_is_left_out_and_a_second_part_kept() -> None:
     """The best region, one at 0.7 of it, one at 0.4 of it, and the background."""
-    keep = belonging(maps_of((1.0, 0.7, 0.4, 0.05)), Regions(STRIPES), share=0.6)
+    keep = belonging(placed(maps_of((1.0, 0.7, 0.4, 0.05)), Regions(STRIPES)), share=0.6)
     assert keep[0, 0].tolist() == [
         1,
         1,
@@ -151,14 +152,14 @@ def test_a_nameless_thing_is_left_out_and_a_second_part_kept() -> None:
 def test_what_another_concept_has_is_barred() -> None:
     """Both look for the first region; the second concept has to go where it fits next best."""
     maps = maps_of((1.0, 0.2, 0.0, 0.0), (1.0, 0.8, 0.0, 0.0))
-    keep = belonging(maps, Regions(STRIPES), share=0.6)
+    keep = belonging(placed(maps, Regions(STRIPES)), share=0.6)
     assert keep[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert keep[1, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_fewer_regions_than_concepts_bar_nothing() -> None:
     maps = torch.rand(5, 4, 12, generator=seeded())
-    assert bool((belonging(maps, Regions(STRIPES), 0.6) == 1).all())
+    assert bool((belonging(placed(maps, Regions(STRIPES)), 0.6) == 1).all())
 
 
 def test_self_attention_by_definition() -> None:
@@ -209,7 +210,7 @@ def test_the_rim_of_what_is_barred_is_barred_but_for_ones_own() -> None:
     labels = torch.zeros(4, 7, dtype=torch.long)
     labels[1:3, 1:3], labels[1:3, 4:6] = 1, 2
     maps = torch.stack([(labels == 1).float(), (labels == 2).float()])
-    keep = belonging(maps, Regions(labels), 0.6)[0]
+    keep = belonging(placed(maps, Regions(labels)), 0.6)[0]
     expected = torch.ones(4, 7)
     expected[:, 4:7] = 0
     assert torch.equal(keep, expected)
