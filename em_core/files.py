@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ REPLACE_TRIES, REPLACE_SECONDS, READ_TRIES = 5, 0.05, 10
 
 
 Writer = Callable[[Path], object]
+Content = TypeVar("Content")
 
 
 def write_aside(path: Path, write: Writer) -> None:
@@ -220,7 +221,7 @@ def read_tensors(
         UserError: the file does not exist, is not safetensors, is cut or damaged, is of a different
             kind, or has values that are not finite.
     """
-    header, tensors = read_safetensors(path, kind)
+    header, tensors = read_safetensors(path, kind, tensor_copies)
     plain = describe(path, header, kind, unchecked)
     require_checksum(path, tensors, plain, optional=plain["kind"] == unchecked)
     require_finite(path, tensors)
@@ -234,13 +235,32 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist, is not safetensors, or is of a different kind.
     """
-    return describe(path, read_safetensors(path, kind, tensors=False)[0], kind, None)
+    return read_outline(path, kind)[1]
+
+
+def read_outline(
+    path: Path, kind: str, unchecked: str | None = None
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Read the names of a file's tensors and its JSON values, without the tensors and without checking
+    them. For the arguments and errors, see :func:`read_tensors`."""
+    header, names = read_safetensors(path, kind, tensor_names)
+    return names, describe(path, header, kind, unchecked)
+
+
+def tensor_names(file: Any) -> tuple[str, ...]:
+    """The names of the tensors in an open file."""
+    return tuple(file.keys())
+
+
+def tensor_copies(file: Any) -> dict[str, Tensor]:
+    """Copies of the tensors in an open file."""
+    return {name: file.get_tensor(name).clone() for name in tensor_names(file)}
 
 
 def read_safetensors(
-    path: Path, kind: str, *, tensors: bool = True
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the texts in a file's header and copies of its tensors, or none if not asked for.
+    path: Path, kind: str, content: Callable[[Any], Content]
+) -> tuple[dict[str, str], Content]:
+    """Return the texts in a file's header and what `content` reads of the open file.
 
     safetensors opens a file by its name twice. If another process replaces it in between, what was read
     is of neither file, so it is read again.
@@ -254,8 +274,7 @@ def read_safetensors(
             raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
         try:
             with safe_open(path, framework="pt") as file:
-                names = file.keys() if tensors else ()
-                read = file.metadata() or {}, {n: file.get_tensor(n).clone() for n in names}
+                read = file.metadata() or {}, content(file)
             if state_on_disk(path) == before:
                 return read
         except UNREADABLE as error:

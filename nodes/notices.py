@@ -12,7 +12,7 @@ import folder_paths
 from ..em_core.errors import UserError
 from ..em_core.exchange.describing import described_triggers
 from ..em_core.prompts import LOADERS, MARK, NAME, ConceptPrompt
-from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.runs.concept_set import Outline
 from .files import KIND
 from .telling import running_server, show_on_node
 
@@ -72,7 +72,7 @@ def needs_model(graph: Graph, inputs: Mapping[str, Any]) -> bool:
         return bool(told.get("joint") != "nothing")
     if node.get("class_type") == "LoadConcepts":
         concepts = concepts_in_file(str(told.get("name")))
-        return concepts is None or bool(concepts.weights)
+        return concepts is None or concepts.has_weights
     return True
 
 
@@ -177,11 +177,11 @@ def names_in(prompt: str) -> set[str]:
         return set()
 
 
-def concepts_in_file(name: str) -> ConceptSet | None:
-    """Return what a concept file holds, or None if it cannot be read, which is said when it is loaded."""
+def concepts_in_file(name: str) -> Outline | None:
+    """Return what a concept file is about, or None if it cannot be read, which is said when it is loaded."""
     path = folder_paths.get_full_path(KIND, name)
     try:
-        return ConceptSet.load(path) if path else None
+        return Outline.read(path) if path else None
     except UserError:
         return None
 

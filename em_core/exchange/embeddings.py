@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import UNREADABLE, read_safetensors, require_finite
+from ..files import UNREADABLE, read_safetensors, require_finite, tensor_copies, tensor_names
 from ..runs.concept_set import ConceptSet
 from .pickles import refuse_pickle
 
@@ -44,7 +44,7 @@ def read_embedding(path: Path) -> dict[str, Float[Tensor, "n _d"]]:
     encoders = {encoder_of(name, shapes[name]): name for name in fitting}
     if len(encoders) != len(fitting) or tuple(encoders) not in (*FAMILIES, ("clip_g", "clip_l")):
         raise not_an_embedding(path, describe_shapes(shapes))
-    _, tensors = read_safetensors(path, FORMAT)
+    _, tensors = read_safetensors(path, FORMAT, tensor_copies)
     found = {}
     for encoder in sorted(encoders, key=("clip_l", "clip_h", "clip_g").index):
         vectors = tensors[encoders[encoder]]
@@ -74,7 +74,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: the file does not exist or is not safetensors.
     """
-    read_safetensors(path, FORMAT, tensors=False)
+    read_safetensors(path, FORMAT, tensor_names)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

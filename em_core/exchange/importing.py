@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_safetensors, require_finite
+from ..files import read_safetensors, require_finite, tensor_copies
 from ..model.identity import ModelIdentity
 from ..prompts import NAME, Concept
 from ..runs.concept_set import ConceptSet
@@ -94,7 +94,7 @@ def read_lora(path: Path, name: str, words: str) -> dict[str, Tensor]:
             f"{path.name} is a LoRA, which does not tell what it is of. Expected a name for the concept and the "
             "LoRA's trigger words, as in rex and 'sks dog'. Its page says which words those are."
         )
-    _, tensors = read_safetensors(path, LORA_FORMAT)
+    _, tensors = read_safetensors(path, LORA_FORMAT, tensor_copies)
     if not any(layer_of(key) != key for key in tensors):
         some = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Notice, UserError
 from ..examples import Example
-from ..files import read_tensors, write_tensors
+from ..files import read_outline, read_tensors, write_tensors
 from ..method.joint import learned_weights
 from ..method.problem import Problem
 from ..method.state import Curves, RunState
@@ -25,6 +25,35 @@ from .truth import last_iou, truth_digest, without_iou
 KIND = "visual-concepts concepts 2"
 WITHOUT_CHECKSUM = "visual-concepts concepts 1"
 SAME_WEIGHTS = 0.02
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a concept file is about, as far as its header says.
+
+    Attributes:
+        names: of the concepts.
+        has_weights: whether weights of the model were learned with them.
+    """
+
+    names: tuple[str, ...]
+    has_weights: bool
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Outline":
+        """Read the header of a concept file, which tells nothing of whether the rest is whole.
+
+        Raises:
+            UserError: the file does not exist, is cut off, or is of a different kind.
+        """
+        tensors, plain = read_outline(Path(path), KIND, WITHOUT_CHECKSUM)
+        try:
+            names = tuple(str(name) for name, _ in plain["concepts"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is an incomplete concept file ({error!r}). Save it again."
+            ) from error
+        return cls(names, any(name.startswith("weights/") for name in tensors))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from em_core import ConceptSet, UserError
 from em_core.files import CHECKSUM, DESCRIPTION, checksum, read_tensors, write_tensors
-from em_core.runs.concept_set import KIND, WITHOUT_CHECKSUM
+from em_core.runs.concept_set import KIND, WITHOUT_CHECKSUM, Outline
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,3 +151,27 @@ def test_values_that_no_run_gives(tmp_path: Path, change, kind: str) -> None:
     write_tensors(file, tensors, kind, plain)
     with pytest.raises(UserError, match="incomplete concept file"):
         ConceptSet.load(file)
+
+
+@pytest.mark.parametrize("kind", [KIND, WITHOUT_CHECKSUM])
+def test_the_outline_is_the_headers(tmp_path: Path, kind: str) -> None:
+    """Names and whether there are weights, without the tensors, which may be damaged."""
+    file, whole = tmp_path / "x.safetensors", concept_set()
+    for concepts in (whole, replace(whole, weights={})):
+        tensors, plain = concepts.to_parts()
+        write_tensors(file, tensors, kind, plain)
+        found = Outline.read(file)
+        assert found.names == concepts.names and found.has_weights == bool(concepts.weights)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert Outline.read(file) == found
+    file.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        Outline.read(file)
+    write_tensors(file, {}, kind, {"concepts": [["rex"]]})
+    with pytest.raises(UserError, match="incomplete concept file"):
+        Outline.read(file)
+    write_tensors(file, {}, "another kind", {})
+    with pytest.raises(UserError, match="Expected a visual-concepts concepts 2 file"):
+        Outline.read(file)
