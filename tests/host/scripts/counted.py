@@ -53,7 +53,8 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     settings, joint_module = part("em_core.settings"), part("em_core.method.joint")
     models, device = models_of(family), plans.Device(torch.bfloat16, True)
     plan = next(plan for plan in plans.PLANS if plan.name == SHORT[plan_name])
-    em = settings.EMSettings(batch=batch, image_side=side)
+    # The largest step of a visual condition is one with all concepts, each of which has blocks.
+    em = settings.EMSettings(batch=batch, image_side=side, union_sampling=kind != "visual")
     joint = settings.JointSettings(kind="none" if kind == "visual" else kind)
     visual = None
     if kind == "visual":
