@@ -15,6 +15,7 @@ NEEDED = (
     "web",
     "locales",
     "workflows",
+    "subgraphs",
 )
 
 

@@ -28,11 +28,10 @@ def train_lora(info: Info) -> Sheet:
         "Trains a LoRA with ComfyUI's own node inside the mask of your subject alone.",
     )
     note = sheet.note(
-        "*Train LoRA* sees the subject only: *Mask Training Conditioning* tells it which part of the "
-        "picture counts, for "
-        "every family of models that it trains. Keep *batch_size* at 1 (*grad_accumulation_steps* does the "
-        "same), and "
-        "bf16 or fp32. *Save Training Set* writes the same for other trainers.",
+        "*Train LoRA* sees the subject only: *Mask Training Conditioning* tells it which part of the picture "
+        "counts, for every family of models that it trains. Keep *batch_size* at 1 "
+        "(*grad_accumulation_steps* does the same), and bf16 or fp32. *Save Training Set* writes the same "
+        "for other trainers.",
     )
     loaded = checkpoint(sheet, family)
     picture = photo(sheet, height=310)
@@ -92,10 +91,9 @@ def stock_only(family: Family, info: Info) -> Sheet:
     )
     note = sheet.note(
         "*Save Concepts* wrote `models/loras/my_concepts.safetensors` (run *Learn and save* first) and said "
-        "which plain word "
-        "calls which concept: here `sks`. **Both strengths matter:** the tokens are in the CLIP half, so a "
-        "loader for the "
-        "model alone drops them. Strength 0 gives back what `sks` means to the checkpoint itself.",
+        "which plain word calls which concept: here `sks`. **Both strengths matter:** the tokens are in the "
+        "CLIP half, so a loader for the model alone drops them. Strength 0 gives back what `sks` means to "
+        "the checkpoint itself.",
     )
     loaded = checkpoint(sheet, family)
     lora = sheet.add(
@@ -123,9 +121,8 @@ def measure(info: Info) -> Sheet:
         "Draws prompts with saved concepts and measures how well they are followed and how alike they look.",
     )
     note = sheet.note(
-        f"{NEEDS} Give the picture and prompt that were learned from, so that likeness can be measured. "
-        "One prompt a line. "
-        "docs/evaluate.md says what each number means, and which other measures there are.",
+        f"{NEEDS} Give the picture and prompt that were learned from, so that likeness can be measured. One "
+        "prompt a line. docs/evaluate.md says what each number means, and which other measures there are.",
     )
     loaded = checkpoint(sheet, family)
     concepts = sheet.add("LoadConcepts", width=300, name="my_concepts.safetensors")
@@ -159,10 +156,9 @@ def saved_condition(info: Info) -> Sheet:
         "Learns blocks that look at your picture while drawing and saves them; draws with a saved file.",
     )
     note = sheet.note(
-        "*Learn and save* writes `my_condition`, *Load and draw* uses a saved file. The first time, mute "
-        "the last group "
-        "(Ctrl+M), run, press R so that the file is known, and unmute it; mute the second group when you "
-        "only draw.",
+        "*Learn and save* writes `my_condition`, *Load and draw* uses a saved file. The first time, mute the "
+        "last group (Ctrl+M), run, press R so that the file is known, and unmute it; mute the second group "
+        "when you only draw.",
     )
     loaded = checkpoint(sheet, family)
     picture = photo(sheet, height=310)

@@ -65,12 +65,10 @@ def learn_and_save(family: Family, info: Info) -> Sheet:
     )
     note = sheet.note(
         "1. Choose your picture, and describe it in *Concept Example*: `<rex:dog>` marks a thing to learn, "
-        "called "
-        "rex, that looks like a dog at first. Mark the background too.\n2. **Run.** The masks appear while "
-        "it learns; "
-        "no need to paint any. 400 steps take minutes on a graphics card.\n3. *Save Concepts* says which "
-        "file goes "
-        "where, and what to write. `my_concepts` is what the other workflows load.",
+        "called rex, that looks like a dog at first. Mark the background too.\n2. **Run.** The masks appear "
+        "while it learns; no need to paint any. 400 steps take minutes on a graphics card.\n3. *Save "
+        "Concepts* says which file goes where, and what to write. `my_concepts` is what the other workflows "
+        "load.",
     )  # fmt: skip
     loaded = checkpoint(sheet, family)
     picture = photo(sheet)
@@ -105,8 +103,8 @@ def load_and_draw(family: Family, info: Info) -> Sheet:
         "Draws saved concepts with ordinary prompts.",
     )
     note = sheet.note(
-        f"{NEEDS} Write `<rex>` like any word, also with a weight as in `(<rex>:1.2)`. *strength* 0 falls back to "
-        "the words that the concept started from.",
+        f"{NEEDS} Write `<rex>` like any word, also with a weight as in `(<rex>:1.2)`. *strength* 0 falls "
+        "back to the words that the concept started from.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
@@ -137,8 +135,8 @@ def with_controlnet(info: Info) -> Sheet:
         "Draws saved concepts along the edges of another picture.",
     )
     note = sheet.note(
-        f"{NEEDS} The lines of your picture (*Canny*) say where things go, `<rex>` says what is drawn there. Lower "
-        "the ControlNet's *strength* if the concept looks forced into the lines.",
+        f"{NEEDS} The lines of your picture (*Canny*) say where things go, `<rex>` says what is drawn there. "
+        "Lower the ControlNet's *strength* if the concept looks forced into the lines.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
@@ -180,8 +178,8 @@ def second_pass(info: Info) -> Sheet:
         "Draws saved concepts, adds detail at one and a half times the size, and enlarges the result.",
     )
     note = sheet.note(
-        f"{NEEDS} The second pass draws the enlarged latent again at half strength, with the concepts, so details "
-        "stay those of `<rex>`. The upscale model then only enlarges.",
+        f"{NEEDS} The second pass draws the enlarged latent again at half strength, with the concepts, so "
+        "details stay those of `<rex>`. The upscale model then only enlarges.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)

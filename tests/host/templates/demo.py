@@ -24,10 +24,11 @@ def two_together(info: Info) -> Sheet:
         "Learns two objects and their masks from one picture, then draws both in a new place.",
     )
     note = sheet.note(
-        "Press **Run**. *Demo Scene* shows two objects that the model has never seen; *Learn Concepts* learns a "
-        "word and a mask for each. Behind *Apply Concept Tokens*, `<rex>` and `<doll>` work in any prompt.\n\n"
-        "**Your own picture:** *Load Checkpoint* and *Load Image* in place of the demo nodes, a prompt such as "
-        "`a photo of <rex:dog> on <shore:beach>`, 400 steps, nothing in *masks*, and your model's picture size.",
+        "Press **Run**. *Demo Scene* shows two objects that the model has never seen; *Learn Concepts* "
+        "learns a word and a mask for each. Behind *Apply Concept Tokens*, `<rex>` and `<doll>` work in any "
+        "prompt.\n\n**Your own picture:** *Load Checkpoint* and *Load Image* in place of the demo nodes, a "
+        "prompt such as `a photo of <rex:dog> on <shore:beach>`, 400 steps, nothing in *masks*, and your "
+        "model's picture size.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
@@ -75,9 +76,8 @@ def other_background(info: Info) -> Sheet:
     )
     note = sheet.note(
         "Two *Concept Example* nodes in a row are learned together. The first picture brings `<rex>` and "
-        "`<doll>`, "
-        "the second its ground: a background is a concept like any other, here `<place:grass>`.\n\n**Your "
-        "own pictures:** give each its prompt, and mark only what you want to learn.",
+        "`<doll>`, the second its ground: a background is a concept like any other, here "
+        "`<place:grass>`.\n\n**Your own pictures:** give each its prompt, and mark only what you want to learn.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
@@ -125,11 +125,8 @@ def layout(info: Info) -> Sheet:
     )
     note = sheet.note(
         "*masks* on *Apply Concept Tokens* keep each concept in its part of the picture: one mask for each, "
-        "in the "
-        "order of the prompt. Here `<rex>` gets the right half and `<doll>` the left, the other way round "
-        "than in "
-        "the picture that they were learned from.\n\nPaint your own masks, or take them from *Extract Latent "
-        "Masks* of any picture whose layout you like.",
+        "in the order of the prompt. Here `<rex>` gets the right half and `<doll>` the left.\n\nPaint your "
+        "own masks, or take them from *Extract Latent Masks* of any picture whose layout you like.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
@@ -191,10 +188,9 @@ def visual_condition(info: Info) -> Sheet:
     )
     note = sheet.note(
         "For details that a word cannot carry: *Learn Visual Condition* learns a word and a mask for each "
-        "object, and "
-        "small blocks that look at the object's picture while the model draws. *Apply Visual Condition* "
-        "lets them act; "
-        "*strength* 0 is the words alone.\n\n**Your own picture:** as in the first workflow, with 400 steps.",
+        "object, and small blocks that look at the object's picture while the model draws. *Apply Visual "
+        "Condition* lets them act; *strength* 0 is the words alone.\n\n**Your own picture:** as in the first "
+        "workflow, with 400 steps.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)

@@ -40,11 +40,9 @@ def text_to_mask(info: Info) -> Sheet:
     )
     note = sheet.note(
         "Mark what to find in the prompt, as in `<any_name:words>`. *Extract Latent Masks* reads where the "
-        "model "
-        "looks for each word (the heat maps) and cuts masks from it; *Refine Masks (DenseCRF)* makes them "
-        "follow the "
-        "picture's edges.\n\n**Your own picture:** mark the background too, as in `a photo of <cat:cat> on "
-        "<sofa:sofa>`: the masks get sharper. Choose the preset `local_colour`.",
+        "model looks for each word (the heat maps) and cuts masks from it; *Refine Masks (DenseCRF)* makes "
+        "them follow the picture's edges.\n\n**Your own picture:** mark the background too, as in `a photo "
+        "of <cat:cat> on <sofa:sofa>`: the masks get sharper. Choose the preset `local_colour`.",
         width=300,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
@@ -81,11 +79,10 @@ def refine_any_mask(info: Info) -> Sheet:
         "Makes rough masks from anywhere follow the edges of the picture.",
     )
     note = sheet.note(
-        "The masks here are too fat on purpose (*Grow Mask*). *Refine Masks (DenseCRF)* brings them back to the "
-        "edges of the picture, and *Compare Masks* says by how much: before, and after.\n\n**Your own "
-        "masks:** paint "
-        "one in *Load Image*'s mask editor, or connect any node that gives a MASK; choose `local_colour`, for "
-        "photos.",
+        "The masks here are too fat on purpose (*Grow Mask*). *Refine Masks (DenseCRF)* brings them back to "
+        "the edges of the picture, and *Compare Masks* says by how much: before, and after.\n\n**Your own "
+        "masks:** paint one in *Load Image*'s mask editor, or connect any node that gives a MASK; choose "
+        "`local_colour`, for photos.",
         width=300,
     )
     picture = scene(sheet, "A", 5)
@@ -120,13 +117,11 @@ def em_beside_fixed(info: Info) -> Sheet:
         "Learns the same picture twice, with masks that are updated (EM) and masks that stay, and compares.",
     )
     note = sheet.note(
-        "The objects of this scene have no name of their own, so the first masks are rough. On the left the "
-        "masks are "
-        "found again and again while the words are learned (*find and improve*); on the right they stay as "
-        "they were first found "
-        "(*find once*). The curves show the masks' agreement with the true ones (IoU) step by step.\n\nThe "
-        "true masks are "
-        "only compared with. On easy pictures both ways end alike.",
+        "Both runs learn from one picture. On the left the masks are found again and again while the words "
+        "are learned (*find and improve*); on the right they stay as they were first found (*find once*). "
+        "The curves show how well they match the true masks (IoU), step by step; the true ones are only "
+        "compared with.\n\nOn easy pictures, such as this one, both ways end alike. Try other seeds and "
+        "kinds of *Demo Scene*: G and F are hard.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
@@ -167,10 +162,9 @@ def discover(info: Info) -> Sheet:
         "Finds the things in a picture without a word about them, learns one and draws it elsewhere.",
     )
     note = sheet.note(
-        "*Discover Concepts* counts the things in a picture without being told what they are, and gives "
-        "each a mask "
-        "and a name: `<concept1>`, `<concept2>`, ... from left to right. Its *examples* go straight to *Learn "
-        "Concepts*; *given* learns under the masks that were found.",
+        "*Discover Concepts* counts the things in a picture without being told what they are, and gives each "
+        "a mask and a name: `<concept1>`, `<concept2>`, ... from left to right. Its *examples* go straight "
+        "to *Learn Concepts*; *given* learns under the masks that were found.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)

@@ -252,7 +252,9 @@ def widget_values(node: Placed) -> list[Any]:
     values: list[Any] = []
     for name, spec in node.specs.items():
         if is_widget(spec):
-            values.append(node.values.get(name, default_of(spec)))
+            # Nodes 2.0 shows a linked text's own value too, which is not the one in use.
+            linked = name in node.links and spec[0] == "STRING"
+            values.append("" if linked else node.values.get(name, default_of(spec)))
             values += ["fixed"] if has_control(name, spec) else []
     return values
 

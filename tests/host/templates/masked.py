@@ -53,10 +53,8 @@ def inpaint(info: Info) -> Sheet:
     )
     note = sheet.note(
         "Name what is in the picture, the background too: `a photo of <cat:cat> on <sofa:sofa>`. *Concept "
-        "Mask by "
-        "Name* gives the mask of one of the names, and only there the picture is drawn anew. Nothing is "
-        "learned here. "
-        "Use an ordinary checkpoint, not an inpainting one.",
+        "Mask by Name* gives the mask of one of the names, and only there the picture is drawn anew. Nothing "
+        "is learned here. Use an ordinary checkpoint, not an inpainting one.",
     )
     loaded = checkpoint(sheet, family)
     picture = photo(sheet, height=310)
@@ -88,9 +86,8 @@ def into_another(info: Info) -> Sheet:
     )
     note = sheet.note(
         f"{NEEDS} Its LoRA, if it was learned with one, acts too. The prompt in *Extract Latent Masks* "
-        "describes the other picture and names what is to be replaced, here `<dog:dog>`. "
-        "Grow the mask if the subject is of another "
-        "shape.",
+        "describes the other picture and names what is to be replaced, here `<dog:dog>`. Grow the mask if "
+        "the subject is of another shape.",
     )
     loaded = checkpoint(sheet, family)
     concepts, applied = saved_concepts(sheet, loaded)
@@ -127,10 +124,8 @@ def with_sam(info: Info) -> Sheet:
     )
     note = sheet.note(
         "SAM 3 finds things that have a name, with clean edges. One mask for each concept, in the order of "
-        "the prompt: "
-        "*masks* of *Learn Concepts* is on *given*, so nothing is searched. Use *Learn and save* where a "
-        "thing has no "
-        "name.",
+        "the prompt: *masks* of *Learn Concepts* is on *given*, so nothing is searched. Use *Learn and save* "
+        "where a thing has no name.",
     )
     sam = sheet.add(
         "CheckpointLoaderSimple",
@@ -188,10 +183,8 @@ def what_is_in(info: Info) -> Sheet:
     )
     note = sheet.note(
         "*Discover Concepts* names the things `<concept1>`, `<concept2>`, ... from left to right; the text "
-        "says which "
-        "there are. Lower *at most* if it finds small things that you do not want. Then write one of the "
-        "names into the "
-        "prompt.",
+        "says which there are. Lower *at most* if it finds small things that you do not want. Then write one "
+        "of the names into the prompt.",
     )
     loaded = checkpoint(sheet, family)
     picture = photo(sheet, height=310)
