@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .commands import (
+    batch,
     dataset,
     demo,
     discover,
@@ -20,8 +21,9 @@ from .commands import (
     refine,
     scene,
 )
-from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError
+from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError, is_passing
 
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h, which schedulers take for a reason to start anew
 COMMANDS = (
     demo,
     scene,
@@ -30,6 +32,7 @@ COMMANDS = (
     masks,
     generate,
     evaluate,
+    batch,
     refine,
     export,
     import_files,
@@ -40,7 +43,8 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    An error meant for the user becomes one line on stderr and exit status 2; Ctrl-C gives 130.
+    An error meant for the user becomes one line on stderr and exit status 2, or 75 if the same command may
+    work at another time, as where a disk is full. Ctrl-C gives 130, a request to end 75.
     """
     parser = argparse.ArgumentParser(
         prog="python -m em_core",
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
     except (UserError, TrainingError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return TRY_AGAIN if is_passing(error) else 2
     except OUT_OF_MEMORY:
         sys.stderr.write(
             "error: Out of memory on the device. Use a smaller picture or --device cpu.\n"

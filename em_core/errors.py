@@ -1,5 +1,8 @@
 """Errors whose messages are written for the person who uses the pack."""
 
+import errno
+import re
+
 import torch
 
 # torch 2.5 introduced the name without "cuda".
@@ -49,3 +52,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(w in str(error) for w in OUT_OF_MEMORY_WORDS):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+LASTING = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM,
+    errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EFBIG,
+}  # fmt: skip
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NATIVE = re.compile(r"\(os error (\d+)\)")  # how safetensors tells an error of the system
+
+
+def system_error(error: BaseException) -> int | None:
+    """Return the number of the system's error that another was raised from; None if there is none."""
+    found = error.errno if isinstance(error, OSError) else None
+    if found is None and (told := NATIVE.search(str(error))):
+        found = int(told[1])
+    if found is None and error.__cause__ is not None:
+        return system_error(error.__cause__)
+    return found
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error came of a disk that is full, or of a quota."""
+    return system_error(error) in FULL
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same may work at another time: a disk, a network or a machine failed, not the input."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    number = system_error(error)
+    if number is not None:
+        return number not in LASTING
+    return error.__cause__ is not None and is_passing(error.__cause__)

@@ -2,24 +2,22 @@
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..demo import model_path
 from ..errors import UserError
-from ..examples import Example, NamedMasks
 from ..files import write_text
-from ..hosts.diffusers import DiffusersHost
-from ..hosts.loading import AUTO, DTYPES, torch_device
+from ..hosts.loading import AUTO, DTYPES
 from ..hosts.planned import PlannedModel
+from ..jobs.inputs import read_examples, read_masks
+from ..jobs.models import load_host, quiet_libraries, source_of
 from ..method.loop import StepEvent
 from ..method.state import RunState
 from ..model.plans import AUTO as PLAN
 from ..model.plans import CHOICES
-from ..pictures import read_mask, read_picture
-from ..prompts import ConceptPrompt
 from ..show.words import say_missing
+
+__all__ = ["load_host", "quiet_libraries", "read_examples", "read_masks"]  # as all commands have them
 
 
 def positive(text: str) -> int:
@@ -101,18 +99,6 @@ def add_guidance(parser: ArgumentParser) -> None:
     )
 
 
-def load_host(model: str, device: str = "cpu", dtype: str = "float32") -> DiffusersHost:
-    """Load the model that `--model` names.
-
-    Raises:
-        UserError: there is no such model or device.
-    """
-    quiet_libraries()
-    place = torch_device(device)
-    source = model_path() if model == "demo" else model
-    return DiffusersHost.load(source, place, dtype)
-
-
 def write_line(text: str) -> None:
     """Write a line for people, apart from what a command gives."""
     sys.stderr.write(text + "\n")
@@ -125,8 +111,7 @@ def load_planned(model: str, device: str, plan: str) -> PlannedModel:
         UserError: there is no such model or device.
     """
     quiet_libraries()
-    source = model_path() if model == "demo" else model
-    return PlannedModel(source, device, plan, say=write_line)
+    return PlannedModel(source_of(model), device, plan, say=write_line)
 
 
 def require_folder(out: Path) -> None:
@@ -138,66 +123,6 @@ def require_folder(out: Path) -> None:
     probe = out / ".writable"
     write_text(probe, "")
     probe.unlink()
-
-
-def quiet_libraries() -> None:
-    """Silence loading bars and notes on optional packages; the commands show their own progress."""
-    try:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        from diffusers.utils import logging as diffusers_logging
-
-        diffusers_logging.set_verbosity_error()
-        diffusers_logging.disable_progress_bar()
-    except ImportError:
-        return  # loading the model reports what is missing
-
-
-def read_masks(folder: Path, names: Sequence[str], *, all_needed: bool) -> NamedMasks:
-    """Read `mask_<concept>.png` of the named concepts from a folder.
-
-    Raises:
-        UserError: there is no such folder, it has none of the masks, or one that is needed is missing.
-    """
-    if not folder.is_dir():
-        raise UserError(f"No folder {folder}. Expected a folder with mask_<concept>.png files.")
-    files = {name: folder / f"mask_{name}.png" for name in names}
-    missing = [file.name for file in files.values() if not file.is_file()]
-    if missing and (all_needed or len(missing) == len(files)):
-        raise UserError(
-            f"No {', '.join(missing)} in {folder}. Expected masks named mask_<concept>.png."
-        )
-    return {name: read_mask(file) for name, file in files.items() if file.is_file()}
-
-
-def read_examples(
-    images: Sequence[Path],
-    prompts: Sequence[str],
-    masks: Sequence[Path] = (),
-    truths: Sequence[Path] = (),
-) -> list[Example]:
-    """Read examples from files.
-
-    One prompt may serve all pictures; mask folders are given one per picture.
-
-    Raises:
-        UserError: the counts do not match, or a file cannot be used.
-    """
-    prompts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
-    for what, items in (("prompts", prompts), ("mask folders", masks), ("truth folders", truths)):
-        if items and len(items) != len(images):
-            raise UserError(
-                f"Bad number of {what}. Expected {len(images)} (one per picture), got {len(items)}."
-            )
-    examples = []
-    for index, (image, text) in enumerate(zip(images, prompts, strict=True)):
-        prompt = ConceptPrompt.parse(text).require_concepts()
-        given = read_masks(masks[index], prompt.names, all_needed=True) if masks else {}
-        truth = read_masks(truths[index], prompt.names, all_needed=False) if truths else {}
-        examples.append(Example(read_picture(image), prompt, given, truth))
-    return examples
 
 
 def load_tqdm() -> Any:

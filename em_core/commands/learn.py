@@ -1,8 +1,11 @@
 """`python -m em_core learn`: learn concepts and masks from pictures."""
 
 import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..examples import Example
@@ -10,7 +13,9 @@ from ..model.jobs import Work
 from ..pictures import read_picture
 from ..presets import em_settings, joint_settings, literal
 from ..prompts import ConceptPrompt
-from ..settings import EMSettings, JointSettings, Mode
+from ..runs.concept_set import ConceptSet
+from ..runs.visual_condition import VisualCondition
+from ..settings import EMSettings, JointSettings, Mode, VisualSettings, to_json
 from .common import (
     add_plan,
     add_source,
@@ -20,7 +25,7 @@ from .common import (
 )
 from .learning import DISCOVER, Learning
 from .results import CONCEPTS
-from .visual import add_learning_options, concepts_of, visual_of
+from .visual import CONDITION, add_learning_options, concepts_of, visual_of
 
 STATE = "state.safetensors"
 ANY_PROMPT = ConceptPrompt.parse("<concept>")  # until there is one
@@ -52,7 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_joint_options(parser)
     add_learning_options(parser)
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run that was stopped in --out"
+        "--resume",
+        action="store_true",
+        help="continue the run that was stopped in --out; start it if there is none, and do nothing if it is "
+        "finished",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the concepts of a finished run in --out"
@@ -161,7 +169,8 @@ def run_command(args: argparse.Namespace) -> int:
     """Learn and write the results; a run that is stopped says how to continue it."""
     require_folder(args.out)
     state_file = args.out / STATE
-    require_state(state_file, expected=args.resume)
+    if not args.resume:
+        require_no_state(state_file)
     if not args.overwrite and not args.resume:
         require_no_concepts(args.out / CONCEPTS)
     require_inputs(args)
@@ -173,6 +182,9 @@ def run_command(args: argparse.Namespace) -> int:
     em, joint = settings_of(args, family)
     em, visual = visual_of(args, em, family)
     known = concepts_of(args, model.identity)
+    anew = not args.resume or state_file.is_file() or args.overwrite
+    if not anew and is_finished(args.out, examples, em, joint, visual):
+        return 0
     learning = Learning(args, model.digest(joint), known, state_file)
     return model.carry_out(Work(examples, em, joint, visual), learning)
 
@@ -203,21 +215,52 @@ def require_inputs(args: argparse.Namespace) -> None:
         )
 
 
-def require_state(file: Path, *, expected: bool) -> None:
-    """Refuse to resume a run that is not there, and to overwrite one that was stopped.
+def require_no_state(file: Path) -> None:
+    """Refuse to start over what was stopped.
 
     Raises:
-        UserError: the file of a stopped run is missing, or there is one but none was expected.
+        UserError: there is the file of a stopped run.
     """
-    if expected and not file.is_file():
-        raise UserError(
-            f"Nothing to resume. Expected the state of a stopped run in {file}. Start without --resume."
-        )
-    if file.is_file() and not expected:
+    if file.is_file():
         raise UserError(
             f"{file.parent} holds a run that was stopped. Continue it with --resume, or delete {file.name} "
             "there to start over."
         )
+
+
+def is_finished(
+    out: Path,
+    examples: Sequence[Example],
+    em: EMSettings,
+    joint: JointSettings,
+    visual: VisualSettings | None,
+) -> bool:
+    """Return whether there is the result of a finished run with these prompts and settings.
+
+    Raises:
+        UserError: there is that of another run, which is not to be replaced.
+    """
+    file = out / (CONCEPTS if visual is None else CONDITION)
+    if not file.is_file():
+        return False
+    if visual is None:
+        concepts = ConceptSet.load(file)
+        same = acting(concepts.settings) == acting({"em": to_json(em), "joint": to_json(joint)})
+    else:
+        condition = VisualCondition.load(file)
+        concepts, same = condition.concepts, replace(condition.settings, batch=visual.batch) == visual
+    prompts = [example.prompt for example in examples]
+    found = concepts.prompts == tuple(map(str, prompts)) or prompts == [ANY_PROMPT]
+    if not same or not found:
+        require_no_concepts(file)
+    sys.stderr.write(f"The run in {out} is finished; nothing is left to do.\n")
+    return True
+
+
+def acting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings without the samples of a step, of which memory may have left it fewer."""
+    em = {name: value for name, value in settings["em"].items() if name != "batch"}
+    return {**settings, "em": em}
 
 
 def require_no_concepts(file: Path) -> None:

@@ -64,7 +64,7 @@ class Learning:
         progress.close()
         if not finished(problem, state):
             say_stopped(file, state)
-            return 130
+            return stop.status
         write_results(problem, state, out, time.monotonic() - self.started, known)
         file.remove()
         return 0

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import write_json
-from ..masks.resizing import cut, resize
+from ..jobs.outputs import save_masks
 from ..method.problem import Problem
 from ..method.state import RunState
-from ..pictures import save_mask
 from ..runs.concept_set import ConceptSet, conclude
 from ..runs.visual_condition import VisualCondition, conclude_condition
 from ..show.metrics import metrics
@@ -74,8 +73,6 @@ def write_masks(problem: Problem, state: RunState, out: Path) -> None:
     for number, (prepared, picture) in enumerate(
         zip(problem.pictures, state.pictures, strict=True), start=1
     ):
-        height, width = prepared.example.picture.shape[-2:]
-        masks = cut(resize(picture.labels.float(), (height, width), "mask"))
-        for name, mask in zip(prepared.names, masks, strict=True):
-            file = f"mask_{name}_{number}.png" if several else f"mask_{name}.png"
-            save_mask(out / file, mask)
+        size = prepared.example.picture.shape[-2:]
+        masks = dict(zip(prepared.names, picture.labels, strict=True))
+        save_masks(out, masks, (size[0], size[1]), number if several else None)

@@ -15,7 +15,13 @@ from .concept_set import ConceptSet
 from .digest import Digest
 
 CORE = Path(__file__).parents[1]
-ELSEWHERE = ("commands", "demo", "evaluate", "show")  # parts of the core that no run depends on
+ELSEWHERE = (
+    "commands",
+    "demo",
+    "evaluate",
+    "jobs",
+    "show",
+)  # parts of the core that no run depends on
 IN_NODES = ("host", "learning")
 
 

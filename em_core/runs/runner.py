@@ -119,23 +119,40 @@ def run(
     return state
 
 
+class StopRequest:
+    """A `stop` for :func:`run`, which a signal sets.
+
+    Attributes:
+        status: exit status of a process that was stopped so: 130 by Ctrl-C, 75 (EX_TEMPFAIL) by a termination
+            request, which schedulers send to what they will start again.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.status = 130
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Ask to stop; at the second time, end at once."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.status = 75 if number == signal.SIGTERM else 130
+
+
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[StopRequest]:
     """Provide a `stop` for :func:`run` that Ctrl-C or a termination request sets.
 
     The first signal asks the run to end after its current step; a second one ends it at once.
     """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    request = StopRequest()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request.ask) for number in numbers}
     try:
-        yield lambda: asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -30,6 +30,7 @@ ORDER = (
     {"show"},
     {"evaluate"},
     {"demo"},
+    {"jobs"},
     {"__init__", "__main__", "commands"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}

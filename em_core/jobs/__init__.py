@@ -1,0 +1,1 @@
+"""Many independent jobs: what they are, their keys, where results are kept, and what runs them."""
