@@ -183,6 +183,18 @@ def write_tensors(
     write_aside(path, lambda aside: save_file(clean, aside, metadata=header))
 
 
+def order_metadata(path: Path) -> None:
+    """Sort the texts in a safetensors file's header, which has them in an order that differs each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it is, but for escapes that JSON leaves open
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 def own_copy(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU that shares no memory with `tensor`."""
     moved = tensor.cpu().contiguous()

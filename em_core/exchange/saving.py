@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Notice, UserError
-from ..files import own_copy, write_together
+from ..files import order_metadata, own_copy, write_together
 from ..prompts import require_apart
 from ..runs.concept_set import ConceptSet
 from .describing import (
@@ -220,6 +220,7 @@ def warn_of(triggers: Triggers, vocabularies: Vocabularies, taken: Mapping[str, 
 def write_export(export: Export, path: Path) -> None:
     clean = {name: own_copy(tensor.detach()) for name, tensor in export.tensors.items()}
     save_file(clean, path, metadata=dict(export.metadata))
+    order_metadata(path)
 
 
 def require_case(files: Sequence[Path]) -> None:
