@@ -1,7 +1,7 @@
 """What carries out work on many items: here, now and one by one; the protocol of all others."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,6 +19,7 @@ class Lost:
         self.why = why
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Carries out work on items in any order, and keeps its processes from one `map` to the next."""
 

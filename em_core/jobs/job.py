@@ -168,8 +168,8 @@ def read_job(values: Mapping[str, Any], folder: Path) -> Job:
         UserError: a field is unknown, missing, or of the wrong type.
     """
     kind = values.get("kind", "learn")
-    known = FIELDS.get(kind, EVERY) if isinstance(kind, str) else EVERY
-    require_fields(f"{kind} job" if known is not EVERY else "job", values, known)
+    require_fields("job", {"kind": kind}, EVERY)
+    require_fields(f"{kind} job", values, FIELDS[kind])
     if "name" not in values:
         raise UserError('No name. Expected one for each job, as in "name": "rex".')
     given = {name: value for name, value in values.items() if name in PLAIN}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Notice, UserError
-from .job import SHORT, Job, read_job
+from .job import FIELDS, SHORT, Job, read_job
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT, MASKS, TRUTH = ".txt", ".masks", ".truth"
@@ -66,7 +66,13 @@ def read_jobs(source: Path, defaults: Mapping[str, Any]) -> list[Job]:
 
 
 def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job's fields with defaults for those it lacks; a default prompt is that of each picture."""
+    """Return a job's fields with defaults for those it lacks and its kind has.
+
+    A default prompt is that of each picture.
+    """
+    kind = values.get("kind", defaults.get("kind", "learn"))
+    others = {name for of in FIELDS.values() for name in of} - set(FIELDS.get(str(kind), ()))
+    defaults = {name: value for name, value in defaults.items() if name not in others}
     if not isinstance(values.get("pictures"), list):
         return {**defaults, **values}
     own = {name: value for name, value in defaults.items() if name in SHORT}
