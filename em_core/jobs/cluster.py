@@ -1,6 +1,8 @@
 """Work on many items on a Ray cluster, as tasks."""
 
 import os
+import re
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,6 +12,8 @@ from ..runs.runner import stop_on_signal
 from .executors import Lost, Stop
 
 WAIT_SECONDS = 0.5
+ANSWER_SECONDS = 10.0
+ADDRESS = re.compile(r"([\w.-]+):(\d{1,5})")
 AHEAD = 1000  # tasks that wait on the cluster, so that one that grows sees what for
 LEAST_VERSION = "2.9"
 
@@ -72,6 +76,7 @@ class Cluster:
         """
         if self.ray.is_initialized():
             raise UserError("This process is connected to a Ray cluster already.")
+        require_answer(address)
         options = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
         try:
             self.ray.init(address=address, **options)
@@ -147,6 +152,29 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster; what is still at work is ended by Ray."""
         self.ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """Refuse an address at which nobody answers, at once: Ray itself tries for many minutes.
+
+    Raises:
+        UserError: it is no address, or nothing answers there.
+    """
+    if address in ("auto", "local"):
+        return
+    match = ADDRESS.fullmatch(address)
+    if match is None:
+        raise UserError(
+            f"Bad --ray {address!r}. Expected auto, local, or the address of a cluster's head as HOST:PORT, such "
+            "as 10.0.0.1:6379."
+        )
+    try:
+        socket.create_connection((match[1], int(match[2])), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"No Ray cluster at {address}: {error}. Start its head with `ray start --head --port={match[2]}`, and "
+            "see that this machine reaches it."
+        ) from PassingError(str(error))
 
 
 def last_line(error: Exception) -> str:

@@ -95,10 +95,21 @@ class RunStore:
                 status = file.stat()
                 found.append((status.st_mtime, status.st_size, file))
         total, count = sum(size for _, size, _ in found), len(found)
-        for _, size, file in sorted(found):
+        for changed, size, file in sorted(found):
             if total <= MOST_BYTES and count <= MOST_FILES:
                 return
-            if file != keep:
-                with suppress(OSError):
-                    file.unlink(missing_ok=True)
-                    total, count = total - size, count - 1
+            if file != keep and removed(file, changed):
+                total, count = total - size, count - 1
+
+
+def removed(file: Path, changed: float) -> bool:
+    """Delete a file unless another process has used it since; return whether it is gone."""
+    try:
+        if file.stat().st_mtime != changed:
+            return False
+        file.unlink()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -47,14 +47,14 @@ def contents(out: Path, line: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in line["files"]}
 
 
-def same_results(one: Path, other: Path) -> int:
+def same_results(one: Path, other: Path, *, keys: bool = True) -> int:
     """Compare the results of two batches bit for bit, and return how many jobs they have."""
     a, b = index_of(one), index_of(other)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name]["status"] == b[name]["status"], (name, a[name], b[name])
         if a[name]["status"] == "done":
-            assert a[name]["key"] == b[name]["key"]
+            assert not keys or a[name]["key"] == b[name]["key"]
             assert contents(one, a[name]) == contents(other, b[name]), name
     return len(a)
 

@@ -169,7 +169,7 @@ def test_bad_jobs_are_told_and_the_rest_is_done(tmp_path: Path, capsys: Any) -> 
     index = index_of(out)
     says = {
         "job_1": "Could not read", "job_2": "not a readable picture", "job_3": "No setting stepps",
-        "job_4": "No model at nowhere", "job_5": "marks no concept", "job_6": "in float32",
+        "job_4": "No model at nowhere", "job_5": "No concept in the prompt", "job_6": "in float32",
         "drawn": "Could not read",
     }  # fmt: skip
     assert {name for name, line in index.items() if line["status"] == "failed"} == says.keys()
@@ -499,5 +499,6 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 def test_workers_do_what_the_loop_does(plain: tuple[Path, Path], tmp_path: Path) -> None:
     file, one_by_one = plain
     assert batch(file, tmp_path, "--workers", "2") == 0
-    assert same_results(one_by_one, tmp_path) == 4
+    # The test's own process has its code checked for types, which is another key.
+    assert same_results(one_by_one, tmp_path, keys=False) == 4
     no_leftovers(tmp_path)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from em_core.method import loop
 from em_core.model.adapters import init_lora
 from em_core.pictures import read_mask
 from em_core.runs.concept_set import ConceptSet
+from em_core.runs.runner import StopRequest
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a photo of <rex:star> and <doll:circle> on grass"
@@ -181,7 +182,6 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
     [
         (["--steps", "0"], "Bad steps. Expected at least 1, got 0"),
         (["--mode", "given"], "needs --masks"),
-        (["--resume"], "Nothing to resume"),
         (["--device", "cuda:99"], "No device 'cuda:99'"),
         (["--plan", "half", "--joint", "full"], "does not fit the memory plan 'half'"),
         (["--joint", "lora", "--joint-learning-rate", "0"], "Bad learning_rate of the joint phase"),
@@ -411,13 +411,22 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     assert (out / "concepts.safetensors").read_bytes() == kept.read_bytes()
 
 
+class StopSoon(StopRequest):
+    """A request that comes when it is looked for the third time."""
+
+    def __call__(self) -> bool:
+        self.looks = getattr(self, "looks", 0) + 1
+        return self.looks > 2
+
+
+@contextmanager
+def stop_soon() -> Iterator[StopRequest]:
+    yield StopSoon()
+
+
 def test_a_stop_that_cannot_be_saved_promises_nothing(
     scene: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    @contextmanager
-    def stop_soon() -> Iterator[Callable[[], bool]]:
-        yield iter([False, False, True]).__next__
-
     monkeypatch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
     full_after(monkeypatch, tmp_path, 1)
     with warnings.catch_warnings():
@@ -435,11 +444,6 @@ def test_a_stop_that_cannot_be_saved_promises_nothing(
 
 def test_true_masks_may_be_given_later(scene: Path, tmp_path: Path, monkeypatch) -> None:
     """They do not act, so a run goes on with them; its IoU begins there."""
-
-    @contextmanager
-    def stop_soon() -> Iterator[Callable[[], bool]]:
-        yield iter([False, False, True]).__next__
-
     with monkeypatch.context() as patch:
         patch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
         assert main(learn(scene, tmp_path, "--steps", "20")) == 130
@@ -466,3 +470,25 @@ def test_warnings_are_one_line(learned: Path, scene: Path, tmp_path: Path, capsy
         f"warning: {file} has no checksum, since it was saved by an older version: if it was damaged since, "
         "that goes unnoticed. Save it again."
     ]
+
+
+def test_resuming_is_for_schedulers_that_start_again(
+    scene: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The same command with --resume starts a run, goes on with it, and does nothing once it is finished."""
+    out = tmp_path / "out"
+    command = learn(scene, out, "--steps", "6", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+        assert main(command) == 130
+    assert (out / "state.safetensors").is_file()
+    assert main(command) == 0
+    assert main(learn(scene, tmp_path / "whole", "--steps", "6")) == 0
+    concepts = (out / "concepts.safetensors").read_bytes()
+    assert concepts == (tmp_path / "whole" / "concepts.safetensors").read_bytes()
+    assert main(command) == 0
+    assert "is finished; nothing is left to do" in capsys.readouterr().err
+    assert main(learn(scene, out, "--steps", "7", "--resume")) == 2
+    assert "holds the concepts of a finished run" in capsys.readouterr().err
+    assert main(learn(scene, out, "--steps", "7", "--resume", "--overwrite")) == 0
+    assert (out / "concepts.safetensors").read_bytes() != concepts
