@@ -27,7 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RECORD = "result.json"
-LOCK = "lock"
+LOCK, TRIES = "lock", 10
 THERE = {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -112,16 +112,29 @@ class BatchFolder:
         Raises:
             UserError: the folder cannot be written to.
         """
-        folder = self.work(key)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"Could not write to {folder}: {error}.") from error
+        handle = open_lock(self.work(key))
         try:
             yield try_lock(handle)
         finally:
             os.close(handle)
+            if self.result(key).exists():  # its lock may have been made after the others had gone
+                shutil.rmtree(self.work(key), ignore_errors=True)
+
+
+def open_lock(folder: Path) -> int:
+    """Open the file that is locked; who has just finished the job may be removing its folder.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if left == 0 or error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise UserError(f"Could not write to {folder}: {error}.") from error
+    raise UserError(f"{folder} is removed again and again. Leave the batch's folder alone.")
 
 
 def try_lock(handle: int) -> bool:

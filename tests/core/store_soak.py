@@ -28,7 +28,7 @@ from em_core.model.identity import ModelIdentity
 from em_core.prompts import Concept
 from em_core.runs.store import MOST_FILES
 
-KEYS, PAUSE = 200, 0.01
+KEYS, PAUSE = 200, 0.05
 
 
 def result_of(key: str) -> ConceptSet:
@@ -109,6 +109,8 @@ def soak(root: Path, minutes: float, processes: int, kill_every: float) -> int:
             most = max(most, len(list((root / "store").glob("[!.]*.safetensors"))))
         if time.monotonic() > next_kill:
             number = random.randrange(processes)  # noqa: S311
+            if not started[number].is_alive():
+                raise SystemExit("A process has ended by itself.")
             os.kill(started[number].pid or 0, signal.SIGKILL)
             started[number].join()
             started[number] = context.Process(target=serve, args=(root, number, until))

@@ -399,7 +399,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     elsewhere.mkdir()
     full_after(monkeypatch, out, 1)
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    assert main(learn(scene, out, "--truth", str(scene), "--steps", "20")) == 2
+    assert main(learn(scene, out, "--truth", str(scene), "--steps", "20")) == 75
     said = capsys.readouterr().err
     (kept,) = elsewhere.iterdir()
     assert "No space left on device" in said and f"the concepts are in {kept}" in said

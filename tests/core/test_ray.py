@@ -22,7 +22,7 @@ ray = pytest.importorskip(
     "ray", reason='Install Ray to run jobs on a cluster: pip install -e ".[ray]"'
 )
 ROOT = Path(__file__).parents[2]
-WORKER = "ray::carry_out"
+WORKER, MARK = "ray::carry_out", f"VISUAL_CONCEPTS_TEST={os.getpid()}"  # no other's workers
 ENOUGH = 240.0
 
 
@@ -36,6 +36,7 @@ def nodes() -> Iterator[Any]:
     )
     before = dict(os.environ)
     os.environ.update(PYTHONPATH=paths, OMP_NUM_THREADS="1", RAY_enable_metrics_collection="0")
+    os.environ["VISUAL_CONCEPTS_TEST"] = str(os.getpid())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
@@ -76,7 +77,8 @@ def workers() -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                if (entry / "cmdline").read_bytes().startswith(WORKER.encode()):
+                named = (entry / "cmdline").read_bytes().startswith(WORKER.encode())
+                if named and MARK.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue
