@@ -25,6 +25,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             f"Measures of pictures: {len(compared)} tests were SKIPPED. {' '.join(sorted(why))}",
             red=True,
         )
+    without_ray = [r for r in reporter.stats.get("skipped", ()) if "test_ray" in r.nodeid]
+    if without_ray:
+        reporter.write_line(
+            'Ray: its tests were SKIPPED. Install it: pip install -e ".[ray]"', red=True
+        )
     reports = {
         kind: [r for r in reporter.stats.get(kind, ()) if r.nodeid.startswith(HOST_TESTS)]
         for kind in ("passed", "failed", "skipped")

@@ -33,6 +33,7 @@ from em_core import ConceptSet, DiffusersHost, Example, find_masks, learn_concep
 from em_core.__main__ import main
 from em_core.errors import UserError
 from em_core.jobs import kinds, perform
+from em_core.jobs.cluster import Cluster
 from em_core.jobs.executors import Lost
 from em_core.jobs.keys import Task
 from em_core.jobs.models import host_of
@@ -496,6 +497,13 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def test_ray_is_not_needed_until_asked_for(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'Install it: pip install "ray>=2\.9"'):
+        Cluster("auto", gpus=0.0)
+
+
+@pytest.mark.slow
 def test_workers_do_what_the_loop_does(plain: tuple[Path, Path], tmp_path: Path) -> None:
     file, one_by_one = plain
     assert batch(file, tmp_path, "--workers", "2") == 0
