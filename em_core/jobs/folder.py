@@ -29,6 +29,7 @@ except ImportError:  # Windows
 RECORD = "result.json"
 LOCK, TRIES = "lock", 10
 THERE = {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES}
+VANISHED = {errno.ENOENT, errno.EEXIST, errno.ESTALE}  # as a folder is that is just being removed
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -132,7 +133,7 @@ def open_lock(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            if left == 0 or error.errno not in (errno.ENOENT, errno.ESTALE):
+            if left == 0 or error.errno not in VANISHED:
                 raise UserError(f"Could not write to {folder}: {error}.") from error
     raise UserError(f"{folder} is removed again and again. Leave the batch's folder alone.")
 
