@@ -47,8 +47,11 @@ def nothing(item: int, stop: Callable[[], bool]) -> int:
 
 
 @contextmanager
-def nodes(cards: tuple[int, ...], cpus: int = 2) -> Iterator[str]:
-    """Start a local cluster of several nodes with logical cards, and give its address."""
+def nodes(cards: tuple[int, ...], cpus: int = 8) -> Iterator[str]:
+    """Start a local cluster of several nodes with logical cards, and give its address.
+
+    Ray ends idle workers beyond a node's number of CPUs, so that number is logical too.
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -147,7 +150,7 @@ def indexed(cluster: Cluster, items: list[float]) -> Iterator[tuple[int, int]]:
 
 def empty(folder: Path) -> dict[str, Any]:
     """Tasks that do nothing: what one costs, and how the driver's memory goes."""
-    with nodes((0,)) as address:
+    with nodes((0,), 2) as address:
         cluster = Cluster(address, gpus=0)
         list(cluster.map(nothing, range(50), never))
         memory, began = [resident()], time.monotonic()

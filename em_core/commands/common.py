@@ -17,7 +17,12 @@ from ..model.plans import AUTO as PLAN
 from ..model.plans import CHOICES
 from ..show.words import say_missing
 
-__all__ = ["load_host", "quiet_libraries", "read_examples", "read_masks"]  # as all commands have them
+__all__ = [
+    "load_host",
+    "quiet_libraries",
+    "read_examples",
+    "read_masks",
+]  # as all commands have them
 
 
 def positive(text: str) -> int:

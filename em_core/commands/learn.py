@@ -248,7 +248,10 @@ def is_finished(
         same = acting(concepts.settings) == acting({"em": to_json(em), "joint": to_json(joint)})
     else:
         condition = VisualCondition.load(file)
-        concepts, same = condition.concepts, replace(condition.settings, batch=visual.batch) == visual
+        concepts, same = (
+            condition.concepts,
+            replace(condition.settings, batch=visual.batch) == visual,
+        )
     prompts = [example.prompt for example in examples]
     found = concepts.prompts == tuple(map(str, prompts)) or prompts == [ANY_PROMPT]
     if not same or not found:

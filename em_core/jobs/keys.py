@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..masks.settings import MaskSettings
+from ..model.plans import WHOLE
 from ..presets import em_settings, joint_settings
 from ..prompts import ConceptPrompt
 from ..runs.digest import Digest
@@ -17,7 +18,6 @@ from ..settings import EMSettings, JointSettings, from_json, to_json
 from .job import Job, Model, PictureFiles
 from .models import Facts
 
-WHOLE = ("cross_attention", "full")
 BLOCK = 2**20
 
 
@@ -32,6 +32,7 @@ class Task:
         pack: digest of the version of this package that asks.
         error: why it has no key, "" if it has one.
         model: digest of the model that it is to be done with.
+        family: the model's family.
     """
 
     job: Job
@@ -40,6 +41,7 @@ class Task:
     pack: str = ""
     error: str = ""
     model: str = ""
+    family: str = ""
 
 
 def task_of(job: Job, facts: Facts, out: Path) -> Task:
@@ -47,7 +49,8 @@ def task_of(job: Job, facts: Facts, out: Path) -> Task:
     error = facts.error
     if not error:
         try:
-            return Task(job, job_key(job, facts), out, pack_digest(), model=facts.digest)
+            key = job_key(job, facts)
+            return Task(job, key, out, pack_digest(), model=facts.digest, family=facts.family)
         except UserError as bad:
             error = str(bad)
     return Task(job, "", out, error=error)

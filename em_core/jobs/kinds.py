@@ -16,8 +16,11 @@ from ..examples import NamedMasks
 from ..exchange.saving import save_exports
 from ..hosts.diffusers import DiffusersHost
 from ..hosts.loading import torch_device
+from ..hosts.planned import PlannedModel
 from ..masks.guards import Guards
 from ..masks.measures import areas, iou
+from ..model.jobs import Work as Planned
+from ..model.plans import AUTO
 from ..pictures import read_picture, save_image, to_image
 from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
@@ -25,13 +28,14 @@ from ..runs.finding import find_masks
 from ..runs.key import run_key
 from ..runs.learning import learn_concepts
 from ..runs.store import RunStore
+from ..settings import EMSettings
 from ..show.drawing import sheet
 from ..show.metrics import curves_of
 from ..show.plots import plot_curves
 from .inputs import read_example
 from .job import Job
-from .keys import learning_settings, mask_settings
-from .models import Facts, quiet_libraries
+from .keys import learning_settings, loading, mask_settings
+from .models import Facts, host_of, quiet_libraries, source_of
 from .outputs import save_masks, save_preview, save_small
 
 CONCEPTS = "concepts.safetensors"
@@ -44,20 +48,25 @@ class Work:
     Attributes:
         job: the job.
         key: its key.
-        host: the model.
         facts: of the model.
         kept: a folder that stays until the job is finished, for its state.
         out: the folder for its results.
         check: called now and then; it raises where the job is to stop.
+        planned: whether memory has run out with the model that is kept, so that memory plans decide.
     """
 
     job: Job
     key: str
-    host: DiffusersHost
     facts: Facts
     kept: Path
     out: Path
     check: Callable[[], None]
+    planned: bool = False
+
+    @property
+    def host(self) -> DiffusersHost:
+        """The model that this process keeps."""
+        return host_of(loading(self.job))[0]
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,19 @@ def learn(work: Work) -> Found:
     job = work.job
     examples = [read_example(p.image, p.prompt, p.masks, p.truth) for p in job.pictures]
     em, joint = learning_settings(job, work.facts.family)
-    concepts = learn_concepts(
-        work.host, examples, em, joint,
-        listeners=[lambda event, state: work.check()],
-        store=RunStore(work.kept / "run"),
-        key=run_key(work.facts.digest, examples, em, joint),
-    )  # fmt: skip
+    key = run_key(work.facts.digest, examples, em, joint)
+    store = RunStore(work.kept / "run")
+
+    def learned_on(host: DiffusersHost, em: EMSettings) -> ConceptSet:
+        listeners = [lambda event, state: work.check()]
+        return learn_concepts(host, examples, em, joint, listeners=listeners, store=store, key=key)
+
+    if work.planned:
+        concepts = planned_model(job).carry_out(
+            Planned(examples, em, joint), lambda fitting: learned_on(fitting.host, fitting.work.em)
+        )
+    else:
+        concepts = learned_on(work.host, em)
     concepts.save(work.out / CONCEPTS)
     shown: NamedMasks = {}
     shares: dict[str, list[float]] = {}
@@ -106,6 +122,12 @@ def learn(work: Work) -> Found:
         save_exports(concepts, job.name, folder, folder, work.host.vocabularies(), job.triggers)
     last = {name: points[-1][1] for name, points in curves_of(concepts.curves, "iou").items()}
     return Found({name: round(value, 4) for name, value in last.items()}, shares, missing)
+
+
+def planned_model(job: Job) -> PlannedModel:
+    """Return a job's model, to be loaded as a memory plan says that fits what is free."""
+    plan = "float32" if loading(job).dtype == "float32" else AUTO
+    return PlannedModel(source_of(job.model.source), job.model.device, plan)
 
 
 def coverage(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..demo import model_path
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..hosts.diffusers import DiffusersHost
 from ..hosts.loading import torch_device
 from ..runs.key import model_digest
@@ -90,3 +90,7 @@ def facts_of(model: Model) -> Facts:
         return host_of(model)[1]
     except UserError as error:
         return Facts(error=str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return Facts(error="Not enough memory on the device to load the model.")

@@ -100,7 +100,7 @@ def do(task: Task, folder: BatchFolder, stop: Stop) -> Outcome:
     made = folder.work(task.key) / "made"
     try:
         with threads(task.job.threads), noticing() as notes:
-            found, plan = within_memory(task, folder, made, stop)
+            found, plan = with_memory(task, folder, made, stop)
         folder.publish(task.key, made, record(task, found, plan, notes, time.monotonic() - began))
     except Stopped:
         return Outcome(task.key, STOPPED)
@@ -115,29 +115,37 @@ class Refused(Exception):
     """The worker's model is another than the batch's."""
 
 
-def within_memory(task: Task, folder: BatchFolder, made: Path, stop: Stop) -> tuple[Found, str]:
-    """Do a job; if memory runs out, go on from its state with blocks that are computed again.
+def with_memory(task: Task, folder: BatchFolder, made: Path, stop: Stop) -> tuple[Found, str]:
+    """Do a job; if memory runs out in learning, go on from its state with what memory plans find to fit.
 
     Returns:
-        What was found, and the name of the memory plan.
+        What was found, and how the model was loaded: "as asked", or "as planned".
+
+    Raises:
+        UserError: there is not enough memory.
     """
-    for plan in ("plain", "recomputing"):
-        try:
-            return attempt(task, folder, made, stop, recompute=plan == "recomputing"), plan
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        forget_host()  # outside the handler, since the error holds the frames that hold the tensors
+    try:
+        return attempt(task, folder, made, stop), "as asked"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    forget_host()  # outside the handler, since the error holds the frames that hold the tensors
+    if task.job.kind == "learn":
+        return attempt(task, folder, made, stop, planned=True), "as planned"
     raise UserError(
-        "Not enough memory on the device, even with blocks that are computed again. Use smaller pictures (the "
-        "setting image_side), learn tokens alone, or give each job more of a card."
+        "Not enough memory on the device. Use smaller pictures, or give each job more of a card."
     )
 
 
-def attempt(task: Task, folder: BatchFolder, made: Path, stop: Stop, *, recompute: bool) -> Found:
-    """Do a job with one memory plan; what is left of an attempt before is removed."""
-    host, facts = host_of(loading(task.job), recompute)
-    require_same(task, facts)
+def attempt(
+    task: Task, folder: BatchFolder, made: Path, stop: Stop, *, planned: bool = False
+) -> Found:
+    """Do a job; what is left of an attempt before is removed."""
+    if planned:
+        facts = Facts(task.model, task.family)
+    else:
+        facts = host_of(loading(task.job))[1]
+        require_same(task, facts)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
 
@@ -145,7 +153,7 @@ def attempt(task: Task, folder: BatchFolder, made: Path, stop: Stop, *, recomput
         if stop():
             raise Stopped
 
-    work = Work(task.job, task.key, host, facts, folder.work(task.key), made, check)
+    work = Work(task.job, task.key, facts, folder.work(task.key), made, check, planned)
     return DO[task.job.kind](work)
 
 

@@ -192,8 +192,8 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: Any) -> None
     file = write_jobs(tmp_path, [job(tmp_path, 0)])
     image = tmp_path / "scene_0" / "image.png"
 
-    def changing(*args: Any, **more: Any) -> Any:
-        found = host_of(*args, **more)
+    def changing(*args: Any) -> Any:
+        found = host_of(*args)
         image.write_bytes(image.read_bytes() + b"\0")
         return found
 
@@ -340,23 +340,32 @@ def test_a_full_disk_ends_the_batch(tmp_path: Path, monkeypatch: Any, capsys: An
 
 
 def test_memory_that_runs_out(tmp_path: Path, monkeypatch: Any) -> None:
-    """The job goes on with blocks that are computed again; with nothing left to try it cannot be done."""
+    """Learning goes on from its state as memory plans say, to the same result on a CPU."""
+    file, steps = write_jobs(tmp_path, [job(tmp_path, 0, settings=LONGER)]), []
+    assert batch(file, tmp_path / "whole") == 0
+    real = kinds.learn_concepts
+
+    def filling(*args: Any, listeners: Any, **more: Any) -> ConceptSet:
+        def watch(event: Any, state: Any) -> None:
+            steps.append(event.step)
+            if len(steps) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return real(*args, listeners=[watch, *listeners], **more)
+
+    monkeypatch.setattr(kinds, "learn_concepts", filling)
+    assert batch(file, tmp_path / "out") == 0
+    assert [step for step in steps if step] == list(range(1, 9))
+    assert same_results(tmp_path / "whole", tmp_path / "out") == 1
+    memory = [index_of(tmp_path / of)["job_0"]["memory"] for of in ("whole", "out")]
+    assert memory == ["as asked", "as planned"]
+
+
+def test_memory_that_does_not_suffice(tmp_path: Path, monkeypatch: Any) -> None:
     file = write_jobs(tmp_path, [job(tmp_path, 0)])
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    seen = []
-    real = host_of
-
-    def watched(model: Any, recompute: bool = False) -> Any:
-        seen.append(recompute)
-        return real(model, recompute)
-
-    monkeypatch.setattr(perform, "host_of", watched)
-    failing(monkeypatch, error, 1)
-    assert batch(file, tmp_path / "out") == 0 and seen == [False, True]
-    assert index_of(tmp_path / "out")["job_0"]["memory"] == "recomputing"
-    failing(monkeypatch, error, 2)
-    assert batch(file, tmp_path / "other") == 2
-    assert "Not enough memory" in index_of(tmp_path / "other")["job_0"]["error"]
+    tried = failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), 9)
+    assert batch(file, tmp_path / "out") == 2 and len(tried) == 2
+    assert "out of memory" in index_of(tmp_path / "out")["job_0"]["error"]
 
 
 # Workers that are not like the others
