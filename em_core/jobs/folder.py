@@ -83,7 +83,7 @@ class BatchFolder:
         files = {
             file.relative_to(made).as_posix(): file.stat().st_size
             for file in sorted(made.rglob("*"))
-            if file.is_file()
+            if file.is_file() and file != made / RECORD
         }
         whole = {**record, "key": key, "files": files}
         write_json(made / RECORD, whole)

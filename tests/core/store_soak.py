@@ -13,6 +13,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def use_folder(folder: BatchFolder, log: Path, key: str) -> str:
         if folder.finished(key):
             return "found"
         made = folder.work(key) / "made"
-        made.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+        made.mkdir(parents=True)
         (made / "result.txt").write_text(key)
         time.sleep(PAUSE)
         folder.publish(key, made, {"kind": "learn", "seconds": 0.0})
