@@ -410,6 +410,37 @@ def kernel_without_gradient(model: Any, clip: Any, vae: Any) -> None:
     acts_as_in_sampling(with_options(model, scaled), clip, vae)
 
 
+class NoBackward(torch.autograd.Function):
+    """Attention by an operator that has no backward pass, as core's FlashAttention is one."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        raise RuntimeError("no autograd formula was registered")
+
+
+@case
+def operator_without_backward(model: Any, clip: Any, vae: Any) -> None:
+    """Core's own FlashAttention code over a stand-in for the package, and as a node's override."""
+
+    def flash(q: Any, k: Any, v: Any, **others: Any) -> Any:
+        return NoBackward.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    values = {"optimized_attention": attention.attention_flash, "flash_attn_wrapper": flash,
+              "optimized_attention_masked": attention.attention_flash}  # fmt: skip
+    with exchanged(attention, **values):
+        acts_as_in_sampling(model, clip, vae)
+    override = {
+        "optimized_attention_override": lambda f, *a, **k: attention.attention_flash(*a, **k)
+    }
+    with exchanged(attention, flash_attn_wrapper=flash):
+        refused(with_options(model, override), clip, vae,
+                "a kernel that has no gradient", "operator_without_backward")  # fmt: skip
+
+
 def with_options(model: Any, options: dict[str, Any]) -> Any:
     patched = model.clone()
     patched.model_options["transformer_options"] |= options
