@@ -7,7 +7,8 @@ from found import run_script
 UPSTREAM = [
     "plain", "freeu", "guidance", "hypertile", "token_merging", "deep_shrink", "compiled", "skipping_steps",
     "something_else_runs", "adapters", "bypassed_adapters", "image_adapter", "one_time_in_a_batch",
-    "kernel_without_gradient", "operator_without_backward", "loss_without_gradient", "clip_skip", "samplings", "learned_weights",
+    "kernel_without_gradient", "operator_without_backward", "loss_without_gradient", "clip_skip",
+    "samplings", "learned_weights",
 ]  # fmt: skip
 LAYOUT = [
     "written_out", "whole_picture", "once_per_size", "deep_shrink", "areas", "joined", "averaged", "combined",
