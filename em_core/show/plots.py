@@ -76,9 +76,7 @@ class Panel:
     top: int = 0
 
     @classmethod
-    def around(
-        cls, kind: str, lines: Mapping[str, Points], left: int = 0, top: int = 0
-    ) -> "Panel":
+    def around(cls, kind: str, lines: Mapping[str, Points], left: int = 0, top: int = 0) -> "Panel":
         """The panel that holds all points; shares of the picture go from 0 to 1."""
         steps, values = zip(*(point for points in lines.values() for point in points), strict=True)
         y = (0.0, 1.0) if kind in SHARES else (min(0.0, *values), max(values))
