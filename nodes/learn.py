@@ -20,10 +20,10 @@ from .host.application import require_same_family
 from .host.families import identify
 from .learning.flow import Request, fulfil
 from .pictures import to_images
-from .results import loss_map, mask_stack, shown, with_masks
+from .results import finished, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Examples, LoraModel, LossMap, Settings, schema
 from .settings import KINDS, MODES, Chosen, em_of, joint_of, say_automatic
-from .telling import on_node, told_on_node
+from .telling import on_node, show_picture, told_on_node
 
 FIND, NOTHING = "find and improve", "nothing"
 
@@ -120,6 +120,8 @@ class LearnConcepts(io.ComfyNode):
         found, curves = with_masks(examples, learned), draw_curves(learned.curves)
         values = say_automatic(em, joint_phase, models.image_side, chosen)
         said = [*summary(learned, em.mode), *told, values]
+        picture = finished(found if em.mode != "none" else examples, curves)
+        show_picture(picture)
         return io.NodeOutput(
             learned,
             mask_stack(found),
@@ -127,7 +129,7 @@ class LearnConcepts(io.ComfyNode):
             loss_map(learned),
             to_images([curves]),
             found,
-            ui=on_node(*said, pictures=[shown(found if em.mode != "none" else examples), curves]),
+            ui=on_node(*said, pictures=[picture]),
         )
 
 

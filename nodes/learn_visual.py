@@ -20,10 +20,10 @@ from .host.families import identify
 from .learn import FIND
 from .learning.flow import Request, fulfil
 from .pictures import to_images
-from .results import loss_map, mask_stack, shown, with_masks
+from .results import finished, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, Settings, schema
 from .settings import MODES, Chosen, em_of, renamed
-from .telling import on_node, told_on_node
+from .telling import on_node, show_picture, told_on_node
 
 SEVERAL, VICO = "several concepts", "one concept (ViCo)"
 NUMBERS = {
@@ -139,6 +139,8 @@ class LearnVisualCondition(io.ComfyNode):
         learned = condition.concepts
         found, curves = with_masks(examples, learned), draw_curves(learned.curves)
         said = [*summary(learned, request.has_em or method != VICO), *told]
+        picture = finished(found, curves)
+        show_picture(picture)
         return io.NodeOutput(
             condition,
             learned,
@@ -146,7 +148,7 @@ class LearnVisualCondition(io.ComfyNode):
             loss_map(learned),
             to_images([curves]),
             found,
-            ui=on_node(*said, pictures=[shown(found), curves]),
+            ui=on_node(*said, pictures=[picture]),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..em_core.examples import Example, NamedMasks
 from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
-from ..em_core.show.strip import Strip
+from ..em_core.show.strip import Strip, over_curves
 from .pictures import labels_of, to_mask
 
 
@@ -40,6 +40,11 @@ def shown(examples: Sequence[Example], caption: str = "") -> Image.Image:
     names = [concept.name for concept in merge_concepts(each.prompt for each in examples)]
     strip = Strip.of([each.picture for each in examples], names)
     return strip.draw([each.masks for each in examples], caption)
+
+
+def finished(examples: Sequence[Example], curves: Image.Image) -> Image.Image:
+    """Draw what a run has come to: the pictures under their masks, over the curves."""
+    return over_curves(shown(examples, "Finished"), curves)
 
 
 def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:

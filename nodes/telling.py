@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from comfy.utils import ProgressBar
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -50,6 +51,14 @@ def show_on_node(text: str, node: str | None = None) -> None:
     node = node or (running.node_id if running else None)
     if server is not None and node is not None:
         server.send_progress_text(text, node)
+
+
+def show_picture(picture: Image.Image) -> None:
+    """Show a picture on the running node as its last preview, which the front end keeps there.
+
+    While a node has previews, the pictures in its `ui` are not shown.
+    """
+    ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))
 
 
 def on_node(*lines: str, pictures: Sequence[Image.Image] = ()) -> dict[str, list[Any]]:

@@ -18,6 +18,7 @@ SIDES = {1: 420, 2: 320}
 SIDE = 220
 """Longer side of each picture, in pixels, by how many there are."""
 GAP, LINE, SWATCH, OUTLINE = 6, 24, 14, 2
+FINISHED = 1000
 BACKGROUND, TEXT, FAINT = (24, 24, 24), (235, 235, 235), (150, 150, 150)
 
 
@@ -102,6 +103,21 @@ class Entry:
     @property
     def width(self) -> float:
         return float(font().getlength(self.text)) + (SWATCH + GAP if self.colour else 0) + 2 * GAP
+
+
+def over_curves(strip: Image.Image, curves: Image.Image) -> Image.Image:
+    """Put a strip over a plot of curves, both at one width, to be looked at as one picture."""
+    parts = [scaled(image, FINISHED) for image in (strip, curves)]
+    canvas = Image.new("RGB", (FINISHED, sum(part.height for part in parts)), BACKGROUND)
+    canvas.paste(parts[0], (0, 0))
+    canvas.paste(parts[1], (0, parts[0].height))
+    return canvas
+
+
+def scaled(image: Image.Image, width: int) -> Image.Image:
+    """Scale an image to a width."""
+    height = max(1, round(image.height * width / image.width))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def fitting(picture: Picture, side: int) -> Size:

@@ -5,7 +5,7 @@ from PIL import Image
 from torch import Tensor
 
 from em_core.show.drawing import COLOURS
-from em_core.show.strip import MOST, Strip
+from em_core.show.strip import MOST, Strip, over_curves
 from em_core.show.words import say_time
 
 GREY = torch.full((3, 64, 48), 0.5)
@@ -64,6 +64,14 @@ def test_what_was_not_found_is_said() -> None:
     told = strip.entries([{"rex": square(0, 0), "doll": nothing}])
     assert [entry.text for entry in told] == ["rex", "doll: nothing found"]
     assert [entry.text for entry in strip.entries([{}])] == ["rex", "doll"]
+
+
+def test_strip_and_curves_are_one_picture() -> None:
+    strip, curves = Image.new("RGB", (500, 250), "red"), Image.new("RGB", (1680, 400), "white")
+    both = over_curves(strip, curves)
+    assert both.size == (1000, 500 + 238)
+    assert both.getpixel((500, 498)) == (255, 0, 0)
+    assert both.getpixel((500, 502)) == (255, 255, 255)
 
 
 def test_times_in_words() -> None:
