@@ -38,7 +38,7 @@ def require_savable(
         name, triggers = inputs.get("name"), inputs.get("triggers")
         if isinstance(triggers, str) and inputs.get("exports") is True:
             wanted = read_triggers(triggers, names)
-            if inputs.get("clip") == graph[node]["inputs"].get("clip"):
+            if inputs.get("clip") == graph.get(node, {}).get("inputs", {}).get("clip"):
                 words = [word for of in wanted.values() for word in of]
                 require_pieces(words, vocabularies(clip, encoder_widths(clip)))
         if isinstance(name, str) and inputs.get("overwrite") is True:

@@ -13,13 +13,11 @@ from ..em_core.exchange.lora import lora_tensors
 from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
-from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_losses, say_masks
 from .ahead import require_savable
 from .host.application import require_same_family
 from .host.families import identify
 from .learning.flow import Request, fulfil
-from .pictures import to_images
 from .results import finished, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Examples, LoraModel, LossMap, Settings, schema
 from .settings import KINDS, MODES, Chosen, em_of, joint_of, say_automatic
@@ -117,17 +115,17 @@ class LearnConcepts(io.ComfyNode):
             graph, here = cls.hidden.prompt or {}, str(cls.hidden.unique_id)
             require_savable(graph, here, 0, names, models.family, clip)
             learned = fulfil(request)
-        found, curves = with_masks(examples, learned), draw_curves(learned.curves)
+        found = with_masks(examples, learned)
+        curves, picture = finished(found, learned, em.mode != "none")
+        show_picture(picture)
         values = say_automatic(em, joint_phase, models.image_side, chosen)
         said = [*summary(learned, em.mode), *told, values]
-        picture = finished(found if em.mode != "none" else examples, curves)
-        show_picture(picture)
         return io.NodeOutput(
             learned,
             mask_stack(found),
             lora_tensors(learned),
             loss_map(learned),
-            to_images([curves]),
+            curves,
             found,
             ui=on_node(*said, pictures=[picture]),
         )

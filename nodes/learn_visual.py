@@ -13,13 +13,11 @@ from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.presets import vico, visual_settings
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.settings import EMSettings, JointSettings, VisualSettings
-from ..em_core.show.plots import draw_curves
 from ..em_core.show.words import say_masks
 from .automatic import AUTOMATIC, Number, advanced_inputs, checked, read
 from .host.families import identify
 from .learn import FIND
 from .learning.flow import Request, fulfil
-from .pictures import to_images
 from .results import finished, loss_map, mask_stack, with_masks
 from .schema import CATEGORY, Concepts, Condition, Examples, LossMap, Settings, schema
 from .settings import MODES, Chosen, em_of, renamed
@@ -137,16 +135,16 @@ class LearnVisualCondition(io.ComfyNode):
         with told_on_node() as told:
             condition = fulfil(request)
         learned = condition.concepts
-        found, curves = with_masks(examples, learned), draw_curves(learned.curves)
-        said = [*summary(learned, request.has_em or method != VICO), *told]
-        picture = finished(found, curves)
+        found = with_masks(examples, learned)
+        curves, picture = finished(found, learned, method != VICO)
         show_picture(picture)
+        said = [*summary(learned, method != VICO), *told]
         return io.NodeOutput(
             condition,
             learned,
             mask_stack(found),
             loss_map(learned),
-            to_images([curves]),
+            curves,
             found,
             ui=on_node(*said, pictures=[picture]),
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..em_core.examples import Example, NamedMasks
 from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
+from ..em_core.show.plots import draw_curves
 from ..em_core.show.strip import Strip, over_curves
-from .pictures import labels_of, to_mask
+from .pictures import labels_of, to_images, to_mask
 
 
 def mask_stack(found: Sequence[Example]) -> Float[Tensor, "n h w"]:
@@ -42,9 +43,18 @@ def shown(examples: Sequence[Example], caption: str = "") -> Image.Image:
     return strip.draw([each.masks for each in examples], caption)
 
 
-def finished(examples: Sequence[Example], curves: Image.Image) -> Image.Image:
-    """Draw what a run has come to: the pictures under their masks, over the curves."""
-    return over_curves(shown(examples, "Finished"), curves)
+def finished(
+    examples: Sequence[Example], concepts: ConceptSet, has_masks: bool
+) -> tuple[Float[Tensor, "1 h w 3"], Image.Image]:
+    """Return a plot of a run's curves, and a picture of what it has come to: masks over curves.
+
+    Args:
+        examples: with the masks of the run.
+        has_masks: whether there was anything to find.
+    """
+    curves = draw_curves(concepts.curves)
+    plain = examples if has_masks else [replace(each, masks={}) for each in examples]
+    return to_images([curves]), over_curves(shown(plain, "Finished"), curves)
 
 
 def loss_map(concepts: ConceptSet) -> dict[str, list[float]]:
