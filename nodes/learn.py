@@ -127,7 +127,7 @@ class LearnConcepts(io.ComfyNode):
             loss_map(learned),
             curves,
             found,
-            ui=on_node(*said, pictures=[picture]),
+            ui=on_node(*said),
         )
 
 

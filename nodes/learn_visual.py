@@ -146,7 +146,7 @@ class LearnVisualCondition(io.ComfyNode):
             loss_map(learned),
             curves,
             found,
-            ui=on_node(*said, pictures=[picture]),
+            ui=on_node(*said),
         )
 
 

@@ -56,7 +56,7 @@ def show_on_node(text: str, node: str | None = None) -> None:
 def show_picture(picture: Image.Image) -> None:
     """Show a picture on the running node as its last preview, which the front end keeps there.
 
-    While a node has previews, the pictures in its `ui` are not shown.
+    A node that has had previews does not show the pictures in its `ui`, or shows the preview twice.
     """
     ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))
 

@@ -114,15 +114,30 @@ def test_what_a_saver_would_refuse_is_said_before_learning(
     assert "Learning has begun" not in server.log_text()[told:]
 
 
-def test_learning_leaves_words_and_pictures_on_the_node(server: Server) -> None:
-    """Masks by name, what stands for automatic, and a picture of the masks and the curves."""
+def test_learning_leaves_words_on_the_node(server: Server) -> None:
+    """Masks by name, and what stands for automatic."""
     p = learning(mode="given", steps=3, rank=2, seed=5)
     p.b.add("TestDump", value=p.learn[1], name="masks")
     outputs = server.run(p.b.graph)
     text = said(outputs, p.learn.id)
     assert "Masks: rex " in text and "vectors per concept 1, learning size (pixels) 64" in text
     assert "samples per step" not in text  # chosen, not automatic
-    (image,) = outputs[p.learn.id]["images"]
+
+
+def test_found_masks_are_shown(server: Server) -> None:
+    """By names and shares, the threshold that was taken, and a picture."""
+    b = Builder()
+    model, scene = b.add("LoadConceptDemoModel"), b.add("ConceptDemoScene", seed=3, kind="A")
+    found = b.add(
+        "ExtractLatentMasks", model=model, clip=model[1], vae=model[2], image=scene,
+        prompt=scene[1], passes=2, crf="off",
+    )  # fmt: skip
+    b.add("TestDump", value=found, name="shown_masks")
+    outputs = server.run(b.graph)
+    assert "rex " in said(outputs, found.id) and "mask threshold (0 to 1) 0.2" in said(
+        outputs, found.id
+    )
+    (image,) = outputs[found.id]["images"]
     assert (server.base / "temp" / image["filename"]).is_file()
 
 
