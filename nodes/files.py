@@ -254,12 +254,15 @@ class LoadConcepts(io.ComfyNode):
         cls, name: str, concept: str = "", words: str = "", model: Any = None, clip: Any = None
     ) -> io.NodeOutput:
         kind, path = located(name)
-        with told_on_node():
+        with told_on_node() as told:
             if kind == "embeddings":
-                return io.NodeOutput(concept_of_embedding(path, concept.strip(), words))
-            if kind == "loras":
-                return io.NodeOutput(concept_of_lora(path, concept, words, model, clip))
-            return io.NodeOutput(ConceptSet.load(path))
+                loaded = concept_of_embedding(path, concept.strip(), words)
+            elif kind == "loras":
+                loaded = concept_of_lora(path, concept, words, model, clip)
+            else:
+                loaded = ConceptSet.load(path)
+        names = " and ".join(f"<{name}>" for name in loaded.names)
+        return io.NodeOutput(loaded, ui=on_node(f"Holds {names}.", *told))
 
 
 def located(name: str) -> tuple[str, Path]:

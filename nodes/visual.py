@@ -17,7 +17,7 @@ from .host.families import identify
 from .host.visual import apply_visual
 from .pictures import masks_of, pictures_of
 from .schema import CATEGORY, Condition, schema
-from .telling import told_on_node
+from .telling import on_node, told_on_node
 
 
 class ApplyVisualCondition(io.ComfyNode):
@@ -104,7 +104,7 @@ class ApplyVisualCondition(io.ComfyNode):
         vae: Any = None,
         masks: Any = None,
     ) -> io.NodeOutput:
-        with told_on_node():
+        with told_on_node() as told:
             if reference is not None:
                 condition = looking_at(model, clip, vae, condition, reference, masks)
             *applied, said = apply_visual(
@@ -112,7 +112,7 @@ class ApplyVisualCondition(io.ComfyNode):
             )
             if said:
                 warn(said, Notice, stacklevel=2)
-        return io.NodeOutput(*applied)
+        return io.NodeOutput(*applied, ui=on_node(*told))
 
 
 def looking_at(

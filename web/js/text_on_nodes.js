@@ -39,6 +39,17 @@ function addText(node) {
   return widget
 }
 
+function hide(node) {
+  const widget = node.widgets?.find((each) => each.name === NAME)
+  delete node.properties[NAME]
+  if (!widget) return
+  if (node.removeWidget) node.removeWidget(widget)
+  else {
+    widget.onRemove?.()
+    node.widgets.splice(node.widgets.indexOf(widget), 1)
+  }
+}
+
 function show(node, text) {
   const widget = node.widgets?.find((each) => each.name === NAME) ?? addText(node)
   widget.element.textContent = text
@@ -55,7 +66,10 @@ app.registerExtension({
     const { onExecuted, onConfigure } = nodeType.prototype
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.apply(this, arguments)
-      if (output?.text) show(this, [output.text].flat().join("\n"))
+      if (!output?.text) return
+      const text = [output.text].flat().join("\n").trim()
+      if (text) show(this, text)
+      else hide(this)
     }
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments)
