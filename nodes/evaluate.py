@@ -21,7 +21,8 @@ from ..em_core.evaluate.tables import table
 from ..em_core.evaluate.task import Task, read_prompts
 from ..em_core.examples import Example
 from ..em_core.runs.concept_set import ConceptSet
-from .files import require_name
+from .automatic import why_not
+from .files import require_name, why_bad_name
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
 from .host.families import identify
@@ -74,6 +75,13 @@ class EvaluateConcepts(io.ComfyNode):
                 ),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, prompts: Any = None, save_as: Any = None) -> bool | str:  # type: ignore[override]
+        wrong = why_not(read_prompts, prompts) if isinstance(prompts, str) else ""
+        if isinstance(save_as, str) and save_as.strip():
+            wrong = wrong or why_bad_name(save_as)
+        return wrong or True
 
     @classmethod
     def execute(  # type: ignore[override]
