@@ -14,6 +14,7 @@ from ..pictures import read_picture
 from ..presets import em_settings, joint_settings, literal
 from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
+from ..runs.learning import require_start
 from ..runs.visual_condition import VisualCondition
 from ..settings import EMSettings, JointSettings, Mode, VisualSettings, to_json
 from .common import (
@@ -182,6 +183,8 @@ def run_command(args: argparse.Namespace) -> int:
     em, joint = settings_of(args, family)
     em, visual = visual_of(args, em, family)
     known = concepts_of(args, model.identity)
+    if known is not None and visual is None:
+        require_start(known, joint)
     anew = not args.resume or state_file.is_file() or args.overwrite
     if not anew and is_finished(args.out, examples, em, joint, visual):
         return 0
@@ -195,8 +198,6 @@ def require_inputs(args: argparse.Namespace) -> None:
     Raises:
         UserError: masks or prompts are missing, or there are some that nothing would come of.
     """
-    if args.concepts is not None and args.visual is None:
-        raise UserError("--concepts is where a visual condition starts from. Add --visual.")
     if args.mode == "given" and not args.masks:
         raise UserError(
             "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."

@@ -11,6 +11,7 @@ from ..jobs.outputs import save_masks
 from ..method.problem import Problem
 from ..method.state import RunState
 from ..runs.concept_set import ConceptSet, conclude
+from ..runs.learning import with_weights_of
 from ..runs.visual_condition import VisualCondition, conclude_condition
 from ..show.metrics import metrics
 from ..show.plots import plot_curves
@@ -37,7 +38,7 @@ def write_results(
         save_somewhere(condition, out / CONDITION)
         save_somewhere(condition.concepts, out / CONCEPTS)
     else:
-        save_somewhere(conclude(problem, state), out / CONCEPTS)
+        save_somewhere(with_weights_of(known, conclude(problem, state)), out / CONCEPTS)
     if problem.settings.mode != "none":
         write_masks(problem, state, out)
     plot_curves(state.curves, out / "curves.png")

@@ -35,7 +35,8 @@ def add_learning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concepts",
         type=Path,
-        help="a concepts.safetensors file that the visual condition starts from, instead of an EM loop",
+        help="a concepts.safetensors file to go on from, such as `import` writes; a visual condition that starts "
+        "from all that it marks has no EM loop",
     )
 
 

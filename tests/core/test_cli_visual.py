@@ -71,7 +71,7 @@ def test_vico_and_what_is_refused(
     assert condition.settings.own_prompts and condition.names == ("rex",)
     for command, words in (
         (learn(scene, tmp_path / "a", *options), "of one concept"),
-        (learn(scene, tmp_path / "b", "--concepts", "x.safetensors"), "Add --visual"),
+        (learn(scene, tmp_path / "b", "--concepts", "x.safetensors"), "x.safetensors"),
         (learn(scene, tmp_path / "c", "--visual", "--joint", "lora"), "not learned in one run"),
         (["generate", "--prompt", "<rex>", "--out", str(tmp_path)], "Nothing to draw"),
     ):

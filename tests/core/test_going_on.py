@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from whole_runs import JOINT
 
 from em_core import ConceptSet, DiffusersHost, EMSettings, Example, UserError, learn_concepts
+from em_core.__main__ import main
 from em_core.exchange.importing import concept_of_embedding, unknown_model
+from em_core.pictures import save_image, to_image
 from em_core.runs.key import run_key
 from em_core.settings import JointSettings
 
@@ -82,6 +84,32 @@ def test_a_key_of_its_own(host: DiffusersHost, example: Example, brief: EMSettin
         for concepts in (None, known, replace(known, vectors=moved))
     }
     assert len(keys) == 3
+
+
+def test_by_the_commands(
+    host: DiffusersHost, example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An embedding is imported, and learned on for a step; the tokens have moved from there a little."""
+    name = example.prompt.names[0]
+    (width,) = dict(host.identity().encoders).values()
+    made = torch.full((2, width), 0.01)
+    save_file({"emb_params": made}, tmp_path / "dog.safetensors")
+    picture, out = tmp_path / "picture.png", tmp_path / "out"
+    save_image(picture, to_image(example.picture))
+    given = ["--file", str(tmp_path / "dog.safetensors"), "--name", name]
+    begun = str(tmp_path / "begun.safetensors")
+    assert main(["import", *given, "--out", begun]) == 0
+    learn = ["learn", "--image", str(picture), "--prompt", f"a photo of <{name}>", "--steps", "1",
+             "--mode", "none", "--quiet", "--concepts", begun, "--out", str(out)]  # fmt: skip
+    assert main(learn) == 0
+    (vectors,) = ConceptSet.load(out / "concepts.safetensors").vectors[name].values()
+    assert vectors.shape == made.shape and 0 < (vectors - made).abs().max() < 0.05
+    lora = replace(start(host, example), weights={"some.weight.diff": torch.ones(2)})
+    lora.save(tmp_path / "lora.safetensors")
+    capsys.readouterr()
+    again = [*learn[:-3], str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "b")]
+    assert main([*again, "--joint", "lora"]) == 2
+    assert "have weights of their own" in capsys.readouterr().err
 
 
 def test_another_family(host: DiffusersHost, example: Example, brief: EMSettings) -> None:
