@@ -37,6 +37,7 @@ OVERLAPS = """() => {
 }"""
 PICTURES = """() => [...document.querySelectorAll('img')]
   .filter(i => i.naturalWidth >= 500).map(i => i.alt)"""
+RUN = "button[data-testid=queue-button], [data-testid=queue-button] button"
 FAULTY = "() => window.app.graph.nodes.filter(n => n.has_errors).map(n => n.title)"
 
 
@@ -94,7 +95,7 @@ def opened(page: Any, file: Path) -> None:
 def run(page: Any, server: Server) -> dict[str, Any]:
     """Press the Run button, and wait for the end of what it queued."""
     before = set(server.get("/history"))
-    page.locator("[data-testid=queue-button] button, .comfyui-queue-button button").first.click()
+    page.locator(RUN).first.click()
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         ended = server.get("/history")
