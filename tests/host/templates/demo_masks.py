@@ -53,7 +53,7 @@ def text_to_mask(info: Info) -> Sheet:
         "ExtractLatentMasks", width=320, model=model["MODEL"], clip=model["CLIP"], vae=model["VAE"],
         image=picture["IMAGE"], prompt=picture["prompt"], crf="off",
     )  # fmt: skip
-    heat = show(sheet, found["heat maps"], "Heat maps", (320, 320))
+    heat = show(sheet, found["heat maps"], "Heat maps", (320, 290))
     rough = show_masks(sheet, found["masks"], "Masks as found", (280, 320))
     refined = sheet.add(
         "RefineCRF", width=280, image=picture["IMAGE"], mask=found["masks"], preset="demo"

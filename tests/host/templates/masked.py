@@ -60,7 +60,7 @@ def inpaint(info: Info) -> Sheet:
     picture = photo(sheet, height=310)
     sized = square(sheet, picture, family.side)
     found, mask = find(sheet, loaded, sized, "a photo of <cat:cat> on <sofa:sofa>", "cat")
-    seen = show_masks(sheet, mask["mask"], "The mask", (320, 260))
+    seen = show_masks(sheet, mask["mask"], "The mask", (320, 246))
     again = masked_latent(sheet, sized, mask["mask"], loaded)
     new = draw_with(
         sheet, loaded, loaded, family, "a photo of a fox on a sofa", "inpainted", picture=(340, 360),

@@ -25,7 +25,7 @@ PICTURES = {"LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240}
 SAY = {
     "LearnConcepts": 222, "LearnVisualCondition": 190, "SaveConcepts": 170, "LoadConcepts": 64,
     "DiscoverConcepts": 84,
-    "ExtractLatentMasks": 84, "CompareConceptMasks": 84, "SaveVisualCondition": 66,
+    "ExtractLatentMasks": 110, "CompareConceptMasks": 84, "SaveVisualCondition": 66,
     "MaskTrainingConditioning": 66, "ConceptMaskByName": 50, "SaveConceptTrainingSet": 170,
     "EvaluateConcepts": 170,
 }  # fmt: skip
