@@ -113,7 +113,9 @@ def learn(work: Work) -> Found:
             zip(examples, concepts.masks, strict=True), start=1
         ):
             size = example.picture.shape[-2:]
-            large = save_masks(work.out, masks, (size[0], size[1]), number if several else None)
+            # A file has them in another order than a run, and colours go by it.
+            ordered = {name: masks[name] for name in example.prompt.names}
+            large = save_masks(work.out, ordered, (size[0], size[1]), number if several else None)
             shown = shown or large
     save_preview(work.out, examples[0].picture, shown)
     plot_curves(concepts.curves, work.out / "curves.png")
@@ -137,7 +139,7 @@ def coverage(
     shares: dict[str, list[float]] = {}
     missing: dict[str, list[int]] = {}
     for number, masks in enumerate(concepts.masks, start=1):
-        for name, mask in masks.items():
+        for name, mask in sorted(masks.items()):
             share = float(areas(mask))
             shares.setdefault(name, []).append(round(share, 4))
             if not guards.min_area <= share <= guards.max_area:
