@@ -23,9 +23,10 @@ BY_ALIAS = {
 }
 """The same by search words, which ComfyUI v0.8.0 does not know."""
 SEARCH = """words => {
-  const app = document.querySelector("#vue-app").__vue_app__
-  const service = app.config.globalProperties.$pinia._s.get("nodeDef").nodeSearchService
-  return words.map(word => service.searchNode(word, [], { limit: 64 }).map(node => node.name))
+  const app = document.querySelector("#vue-app")?.__vue_app__
+  const service = app?.config.globalProperties.$pinia?._s.get("nodeDef")?.nodeSearchService
+  const found = word => service?.searchNode(word, [], { limit: 64 }) ?? []
+  return words.map(word => found(word).map(node => node.name))
 }"""
 
 
@@ -36,7 +37,7 @@ def searched(server: Server, words: list[str]) -> Any:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.port}/", timeout=120_000)
         page.wait_for_function(
-            f"() => window.LiteGraph?.registered_node_types['{LEARN}']", timeout=120_000
+            f"() => ({SEARCH})(['{LEARN}'])[0].includes('{LEARN}')", timeout=120_000
         )
         found = page.evaluate(SEARCH, words)
         browser.close()
