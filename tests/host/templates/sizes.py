@@ -24,7 +24,7 @@ PICTURES = {"LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240}
 """Room for pictures that a node shows itself."""
 SAY = {
     "LearnConcepts": 222, "LearnVisualCondition": 190, "SaveConcepts": 170, "LoadConcepts": 64,
-    "DiscoverConcepts": 84,
+    "DiscoverConcepts": 110,
     "ExtractLatentMasks": 110, "CompareConceptMasks": 84, "SaveVisualCondition": 66,
     "MaskTrainingConditioning": 66, "ConceptMaskByName": 50, "SaveConceptTrainingSet": 170,
     "EvaluateConcepts": 170,
