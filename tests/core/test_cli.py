@@ -427,7 +427,7 @@ def stop_soon() -> Iterator[StopRequest]:
 def test_a_stop_that_cannot_be_saved_promises_nothing(
     scene: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+    monkeypatch.setattr("em_core.commands.learning.stop_on_signal", stop_soon)
     full_after(monkeypatch, tmp_path, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("always", StoreWarning)
@@ -437,7 +437,7 @@ def test_a_stop_that_cannot_be_saved_promises_nothing(
     assert "Stopped at step 2. This step could not be saved" in said
     monkeypatch.setattr("em_core.files.save_file", save_file)
     (tmp_path / "state.safetensors").unlink()
-    monkeypatch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+    monkeypatch.setattr("em_core.commands.learning.stop_on_signal", stop_soon)
     assert main(learn(scene, tmp_path, "--steps", "20")) == 130
     assert "To continue, add --resume to the same command." in capsys.readouterr().err
 
@@ -445,7 +445,7 @@ def test_a_stop_that_cannot_be_saved_promises_nothing(
 def test_true_masks_may_be_given_later(scene: Path, tmp_path: Path, monkeypatch) -> None:
     """They do not act, so a run goes on with them; its IoU begins there."""
     with monkeypatch.context() as patch:
-        patch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+        patch.setattr("em_core.commands.learning.stop_on_signal", stop_soon)
         assert main(learn(scene, tmp_path, "--steps", "20")) == 130
     more = ["--truth", str(scene), "--steps", "20", "--resume"]
     assert main(learn(scene, tmp_path, *more)) == 0
@@ -479,7 +479,7 @@ def test_resuming_is_for_schedulers_that_start_again(
     out = tmp_path / "out"
     command = learn(scene, out, "--steps", "6", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr("em_core.commands.learn.stop_on_signal", stop_soon)
+        patch.setattr("em_core.commands.learning.stop_on_signal", stop_soon)
         assert main(command) == 130
     assert (out / "state.safetensors").is_file()
     assert main(command) == 0

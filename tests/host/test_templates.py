@@ -53,7 +53,7 @@ def test_runs(saved: Server, file: Path) -> None:
     skip_older(saved, file)
     graph = to_api(read(file), saved.get("/object_info"))
     has_demo = any(of["class_type"] == "ConceptDemoScene" for of in graph.values())
-    shown = saved.run(shortened(graph) if has_demo else on_demo(graph))
+    shown = saved.run(shortened(graph) if has_demo else on_demo(graph, seed=FILES.index(file)))
     for node in graph:
         if graph[node]["class_type"] in ("SaveImage", "PreviewImage", "MaskPreview"):
             assert shown[node]["images"], graph[node]

@@ -30,8 +30,12 @@ SIDE, LATENT = 64, 128
 """Of the demo model's pictures, and of the empty latent that gives them."""
 
 
-def on_demo(graph: Graph, steps: int = 2, learning: int = 2) -> Graph:
-    """A workflow in API format as it runs on the demo model, with so many steps of sampling and learning."""
+def on_demo(graph: Graph, steps: int = 2, learning: int = 2, seed: int | None = None) -> Graph:
+    """A workflow in API format as it runs on the demo model, with so many steps of sampling and learning.
+
+    Workflows that differ in their checkpoints alone are one graph then; with a `seed` for each, none is
+    answered from what a server keeps of another.
+    """
     changed = copy.deepcopy(graph)
     for name, node in graph.items():
         change = CHANGES.get(node["class_type"])
@@ -44,6 +48,8 @@ def on_demo(graph: Graph, steps: int = 2, learning: int = 2) -> Graph:
                 inputs[prompt] = in_demo_words(inputs[prompt])
         if node["class_type"] == "KSampler":
             inputs["cfg"] = 3.0
+        if seed is not None and isinstance(inputs.get("seed"), int):
+            inputs["seed"] = seed
     return shortened(changed, steps, learning)
 
 
