@@ -28,6 +28,7 @@ from job_files import (
     write_jobs,
 )
 from PIL import Image
+from tiny_encoders import save_dino
 
 from em_core import ConceptSet, DiffusersHost, Example, find_masks, learn_concepts
 from em_core.__main__ import main
@@ -139,6 +140,29 @@ def test_masks_and_pictures_are_the_librarys(
             tmp_path / "out" / index["drawn"]["folder"] / f"prompt_1_seed_{seed}.png"
         ) as image:
             assert image.tobytes() == to_image(own_picture).tobytes()
+
+
+def test_evaluations_are_the_commands(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    _, out = plain
+    concepts = out / index_of(out)["job_0"]["folder"] / "concepts.safetensors"
+    image, dino = plain[0].parent / "scene_0" / "image.png", save_dino(tmp_path / "dino")
+    prompts = ["a photo of <rex> on sand", "<doll>"]
+    given = {"concepts": str(concepts), "prompts": prompts, "image": str(image), "dino": str(dino)}
+    short = {"count": 2, "steps": 2, "passes": 2, "seed": 3}
+    jobs = write_jobs(tmp_path, [{"name": "judged", "kind": "evaluate", **given, **short}])
+    assert batch(jobs, tmp_path / "out") == 0
+    line = index_of(tmp_path / "out")["judged"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    files = {"concepts": concepts, "image": image, "dino": dino, "out": tmp_path / "own"}
+    command = ["evaluate", "--prompts", str(tmp_path / "prompts.txt"), "--quiet"]
+    for name, value in {**files, "count": 2, "sampling-steps": 2, "passes": 2, "seed": 3}.items():
+        command += [f"--{name}", str(value)]
+    assert main(command) == 0
+    own = {str(f.relative_to(tmp_path / "own")): f for f in (tmp_path / "own").rglob("*.*")}
+    same = [name for name in line["files"] if name in own and name.endswith((".csv", ".png"))]
+    assert len([name for name in same if name.endswith(".csv")]) == 3 and len(same) >= 7
+    for name in same:
+        assert (tmp_path / "out" / line["folder"] / name).read_bytes() == own[name].read_bytes()
 
 
 def test_exports_are_named_by_the_job(tmp_path: Path) -> None:
