@@ -194,6 +194,7 @@ class PlannedModel:
         examples: Sequence[Example],
         settings: EMSettings | None = None,
         joint: JointSettings | None = None,
+        concepts: ConceptSet | None = None,
         *,
         listeners: Sequence[Listener] = (),
         store: RunStore | None = None,
@@ -206,10 +207,12 @@ class PlannedModel:
         def learn(fitting: Fitting) -> ConceptSet:
             em, joint = fitting.work.em, fitting.work.joint
             return learn_concepts(
-                fitting.host, examples, em, joint, listeners=listeners, store=kept, key=key
-            )
+                fitting.host, examples, em, joint, concepts,
+                listeners=listeners, store=kept, key=key,
+            )  # fmt: skip
 
-        key = run_key(self.digest(work.joint), examples, work.em, work.joint)
+        settled = work.em, work.joint, work.visual
+        key = run_key(self.digest(work.joint), examples, *settled, concepts)
         with kept_for_now(store) as kept:
             return self.carry_out(work, learn)
 

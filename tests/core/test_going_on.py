@@ -9,8 +9,17 @@ from equality import differences
 from safetensors.torch import save_file
 from whole_runs import JOINT
 
-from em_core import ConceptSet, DiffusersHost, EMSettings, Example, UserError, learn_concepts
+from em_core import (
+    ConceptSet,
+    DiffusersHost,
+    EMSettings,
+    Example,
+    PlannedModel,
+    UserError,
+    learn_concepts,
+)
 from em_core.__main__ import main
+from em_core.demo import model_path
 from em_core.exchange.importing import concept_of_embedding, unknown_model
 from em_core.pictures import save_image, to_image
 from em_core.runs.key import run_key
@@ -48,6 +57,15 @@ def test_starts_from_the_vectors(host: DiffusersHost, example: Example, brief: E
             learned.vectors[second][encoder], fresh.vectors[second][encoder], atol=1e-5
         )
     assert learned.names == fresh.names
+
+
+def test_with_a_memory_plan(host: DiffusersHost, example: Example, brief: EMSettings) -> None:
+    known = start(host, example)
+    planned = PlannedModel(model_path(), plan="float32")
+    own = learn_concepts(host, [example], brief, concepts=known)
+    found = planned.learn_concepts([example], brief, concepts=known)
+    assert not differences(own.vectors, found.vectors)
+    assert differences(own.vectors, planned.learn_concepts([example], brief).vectors)
 
 
 def test_an_embedding_of_another_program(
