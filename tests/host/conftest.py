@@ -1,8 +1,10 @@
 """Every test here runs in each ComfyUI that is found."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ from server import Server  # noqa: E402
 from shipped import FILES, api, models_of, upscaler  # noqa: E402
 from templates.stand_ins import on_demo  # noqa: E402
 
+CHROMIUM = ("chromium", "chromium-browser", "chrome")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test that asks for `comfyui` runs on each version found."""
@@ -21,6 +25,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "comfyui", here, ids=lambda f: f.name if f else "none", scope="session"
         )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, once for all files: Playwright works once at a time in a process."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as play:
+        running = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

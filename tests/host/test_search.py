@@ -1,14 +1,11 @@
 """Who looks for a node by a plain word finds the right one: by the front end's own ranking."""
 
-import shutil
 from typing import Any
 
 import pytest
 from server import Server
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
 LEARN, EXTRACT = "LearnConcepts", "ExtractLatentMasks"
 BY_NAME = {
     "segment": (EXTRACT, 5),
@@ -30,23 +27,19 @@ SEARCH = """words => {
 }"""
 
 
-def searched(server: Server, words: list[str]) -> Any:
+def searched(server: Server, browser: Any, words: list[str]) -> Any:
     """The nodes that the search box lists for each word, first one first."""
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{server.port}/", timeout=120_000)
-        page.wait_for_function(
-            f"() => ({SEARCH})(['{LEARN}'])[0].includes('{LEARN}')", timeout=120_000
-        )
-        found = page.evaluate(SEARCH, words)
-        browser.close()
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/", timeout=120_000)
+    page.wait_for_function(f"() => ({SEARCH})(['{LEARN}'])[0].includes('{LEARN}')", timeout=120_000)
+    found = page.evaluate(SEARCH, words)
+    page.close()
     return found
 
 
-def test_plain_words_find_the_right_node(server: Server) -> None:
+def test_plain_words_find_the_right_node(server: Server, browser: Any) -> None:
     knows = server.get(f"/object_info/{LEARN}")[LEARN].get("search_aliases")
     wanted = {**BY_NAME, **(BY_ALIAS if knows else {})}
-    for word, names in zip(wanted, searched(server, list(wanted)), strict=True):
+    for word, names in zip(wanted, searched(server, browser, list(wanted)), strict=True):
         node, place = wanted[word]
         assert node in names[:place], f"{word}: {names[:place]}"
