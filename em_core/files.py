@@ -283,7 +283,7 @@ def read_safetensors(
     for left in reversed(range(READ_TRIES)):
         before = state_on_disk(path)
         if before is None:
-            raise UserError(f"No file {path}. Expected a {kind} file (.safetensors).")
+            raise UserError(f"No file {path}. Expected {article(kind)} file (.safetensors).")
         try:
             with safe_open(path, framework="pt") as file:
                 read = file.metadata() or {}, content(file)
@@ -348,6 +348,11 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def article(kind: str) -> str:
+    """Return a kind of file with its article, which some have already."""
+    return kind if kind.startswith(("a ", "an ")) else f"a {kind}"
+
+
 def describe(
     path: Path, header: Mapping[str, str], kind: str, unchecked: str | None
 ) -> dict[str, Any]:
@@ -363,5 +368,5 @@ def describe(
     found = plain.get("kind") if isinstance(plain, dict) else None
     if found is None or found not in (kind, unchecked):
         what = f"a {found} file" if found else "some other safetensors file"
-        raise UserError(f"{path} is {what}. Expected a {kind} file.")
+        raise UserError(f"{path} is {what}. Expected {article(kind)} file.")
     return plain

@@ -220,7 +220,10 @@ def pictures_of(
         require_fields("picture", picture, PICTURE_FIELDS)
         missing = [n for n in ("image", "prompt")[: 1 + prompted] if n not in picture]
         if missing:
-            raise UserError(f"A picture has no {' and no '.join(missing)}.")
+            raise UserError(
+                f"A picture has no {' and no '.join(missing)}. Expected both in the job, or in a folder of "
+                "pictures a text file of the same name beside each."
+            )
         paths = {n: folder / picture[n] for n in ("image", "masks", "truth") if n in picture}
         found.append(PictureFiles(**paths, prompt=picture.get("prompt", "")))
     return tuple(found)

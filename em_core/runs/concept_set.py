@@ -18,7 +18,7 @@ from ..method.joint import learned_weights
 from ..method.problem import Problem
 from ..method.state import Curves, RunState
 from ..model.identity import ModelIdentity
-from ..prompts import Concept
+from ..prompts import Concept, ConceptPrompt
 from ..settings import to_json
 from .truth import last_iou, truth_digest, without_iou
 
@@ -153,7 +153,7 @@ class ConceptSet:
             }
             for concept in concepts
         }
-        count = len(plain["prompts"])
+        prompts = tuple(plain["prompts"])
         return cls(
             concepts=concepts,
             vectors=vectors,
@@ -162,8 +162,11 @@ class ConceptSet:
             ),
             weights=below(tensors, "weights/"),
             lora_scale=plain["lora_scale"],
-            prompts=tuple(plain["prompts"]),
-            masks=tuple(below(tensors, f"masks/{number}/") for number in range(count)),
+            prompts=prompts,
+            masks=tuple(
+                in_order_of(prompt, below(tensors, f"masks/{number}/"))
+                for number, prompt in enumerate(prompts)
+            ),
             settings=plain["settings"],
             curves={
                 name: tuple((step, value) for step, value in points)
@@ -260,6 +263,12 @@ def is_real(tensor: Tensor) -> bool:
 
 def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def in_order_of(prompt: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return masks in the order of their prompt; files have them by the alphabet."""
+    names = ConceptPrompt.parse(prompt).names
+    return {name: masks[name] for name in sorted(masks, key=[*names, *masks].index)}
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

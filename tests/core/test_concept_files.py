@@ -175,3 +175,22 @@ def test_the_outline_is_the_headers(tmp_path: Path, kind: str) -> None:
     write_tensors(file, {}, "another kind", {})
     with pytest.raises(UserError, match="Expected a visual-concepts concepts 2 file"):
         Outline.read(file)
+
+
+def test_masks_are_in_the_order_of_their_prompts(tmp_path: Path) -> None:
+    """Which is not the alphabet's, in which the file has them; and each picture has its own."""
+    masks = {name: torch.eye(4, dtype=torch.bool) for name in ("rex", "doll")}
+    saved = replace(
+        concept_set(),
+        prompts=("<rex:dog> and <doll:doll>", "<doll> and <rex>"),
+        masks=(masks, {name: masks[name] for name in ("doll", "rex")}),
+    )
+    saved.save(tmp_path / "both.safetensors")
+    loaded = ConceptSet.load(tmp_path / "both.safetensors")
+    assert [list(of) for of in loaded.masks] == [["rex", "doll"], ["doll", "rex"]]
+
+
+def test_kinds_have_one_article(tmp_path: Path) -> None:
+    for kind, named in (("concepts", "a concepts"), ("an embedding of SD", "an embedding of SD")):
+        with pytest.raises(UserError, match=rf"Expected {named} file"):
+            read_tensors(tmp_path / "none.safetensors", kind)

@@ -27,8 +27,8 @@ def two_together(info: Info) -> Sheet:
         "Press **Run**. *Demo Scene* shows two objects that the model has never seen; *Learn Concepts* "
         "learns a word and a mask for each. Behind *Apply Concept Tokens*, `<rex>` and `<doll>` work in any "
         "prompt.\n\n**Your own picture:** *Load Checkpoint* and *Load Image* in place of the demo nodes, a "
-        "prompt such as `a photo of <rex:dog> on <shore:beach>`, 400 steps, nothing in *masks*, and your "
-        "model's picture size.",
+        "prompt such as `a photo of <rex:dog> on <shore:beach>`, 400 steps, and your model's picture size. "
+        "Nothing is connected to *masks* of *Concept Example* then.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)

@@ -164,7 +164,8 @@ def discover(info: Info) -> Sheet:
     note = sheet.note(
         "*Discover Concepts* counts the things in a picture without being told what they are, and gives each "
         "a mask and a name: `<concept1>`, `<concept2>`, ... from left to right. Its *examples* go straight "
-        "to *Learn Concepts*; *given* learns under the masks that were found.",
+        "to *Learn Concepts*; *given* learns under the masks that were found. "
+        "The one that is drawn has a token alone: kind and colours come, patterns seldom.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
