@@ -178,9 +178,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [
         "# Many jobs",
         "",
-        "By `benchmarks/jobs.py`, on two CPU cores that other work was using at the same time, so that times of "
-        "computing jobs differ between the rows by more than the ways of running them do. The load "
-        "is told with each part. No graphics card was used: cards are logical, which is what a scheduler counts.",
+        "By `benchmarks/jobs.py`, on two CPU cores. Where the load is far above their number, other work was "
+        "using them at the same time; it is told with each part. No graphics card was used: cards are logical, which is what a scheduler counts.",
     ]
     if "demo" in found:
         lines += demo_lines(found["demo"])
