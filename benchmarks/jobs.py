@@ -179,7 +179,8 @@ def table(found: Mapping[str, Any]) -> str:
         "# Many jobs",
         "",
         "By `benchmarks/jobs.py`, on two CPU cores. Where the load is far above their number, other work was "
-        "using them at the same time; it is told with each part. No graphics card was used: cards are logical, which is what a scheduler counts.",
+        "using them at the same time; it is told with each part. "
+        "No graphics card was used: cards are logical, which is what a scheduler counts.",
     ]
     if "demo" in found:
         lines += demo_lines(found["demo"])
