@@ -189,6 +189,19 @@ class PlannedModel:
 
         return within_memory(tries, one, self.memory, work, self.identity.family, self.say)
 
+    def carry_out_kept(
+        self,
+        work: Work,
+        learn: Callable[[Fitting, RunStore, str], Result],
+        concepts: ConceptSet | None,
+        store: RunStore | None,
+    ) -> Result:
+        """Carry out a run whose state is kept in a store, or as long as it lasts; `learn` is given its key too."""
+        settled = work.em, work.joint, work.visual
+        key = run_key(self.digest(work.joint), work.examples, *settled, concepts)
+        with kept_for_now(store) as kept:
+            return self.carry_out(work, lambda fitting: learn(fitting, kept, key))
+
     def learn_concepts(
         self,
         examples: Sequence[Example],
@@ -204,17 +217,14 @@ class PlannedModel:
             examples, settings or em_settings(self.identity.family), joint or JointSettings()
         )
 
-        def learn(fitting: Fitting) -> ConceptSet:
+        def learn(fitting: Fitting, kept: RunStore, key: str) -> ConceptSet:
             em, joint = fitting.work.em, fitting.work.joint
             return learn_concepts(
                 fitting.host, examples, em, joint, concepts,
                 listeners=listeners, store=kept, key=key,
             )  # fmt: skip
 
-        settled = work.em, work.joint, work.visual
-        key = run_key(self.digest(work.joint), examples, *settled, concepts)
-        with kept_for_now(store) as kept:
-            return self.carry_out(work, learn)
+        return self.carry_out_kept(work, learn, concepts, store)
 
     def learn_visual(
         self,
@@ -235,14 +245,11 @@ class PlannedModel:
             visual or visual_settings(family),
         )
 
-        def learn(fitting: Fitting) -> VisualCondition:
+        def learn(fitting: Fitting, kept: RunStore, key: str) -> VisualCondition:
             em, visual = fitting.work.em, fitting.work.visual
             return learn_visual(
                 fitting.host, examples, em, visual, concepts,
                 listeners=listeners, store=kept, key=key,
             )  # fmt: skip
 
-        settled = work.em, work.joint, work.visual
-        key = run_key(self.digest(work.joint), examples, *settled, concepts)
-        with kept_for_now(store) as kept:
-            return self.carry_out(work, learn)
+        return self.carry_out_kept(work, learn, concepts, store)
