@@ -109,6 +109,8 @@ def literal(settings: EMSettings) -> EMSettings:
         threshold=0.4,
         regions=None,
         rivals="",
+        orders=False,
+        naming_passes=0,
         presence_passes=0,
         acceptance=0.0,
     )

@@ -12,6 +12,7 @@ ConceptVectors = Mapping[str, Mapping[str, Tensor]]
 """Concept name -> text encoder name -> token vectors [n, d]."""
 
 WORD = re.compile(r"[^\W\d_][\w']*")
+LISTED = re.compile(r"\s*(,|and|&|,\s*and)?\s*((a|an|the)\s+)?", re.IGNORECASE)
 MARK = re.compile(r"<([^<>]*)>")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 EMBEDDING = "embedding:"
@@ -94,6 +95,27 @@ class ConceptPrompt:
     def plain(self) -> str:
         """Return the prompt with each concept replaced by its initial words."""
         return "".join(part if isinstance(part, str) else part.words for part in self.parts)
+
+    def orders(self) -> tuple["ConceptPrompt", ...]:
+        """The prompt with the concepts of each list in it moved along their places; first as it is.
+
+        Concepts are a list where nothing but a comma, "and" or an article stands between them: their
+        order means nothing. Each has each place of its list once, if all lists are of one length.
+        """
+        lists: list[list[int]] = [[]]
+        for index, part in enumerate(self.parts):
+            if isinstance(part, Concept):
+                lists[-1].append(index)
+            elif not LISTED.fullmatch(part):
+                lists.append([])
+        orders = []
+        for by in range(max(map(len, lists), default=0) or 1):
+            parts = list(self.parts)
+            for places in lists:
+                for number, index in enumerate(places):
+                    parts[index] = self.parts[places[(number + by) % len(places)]]
+            orders.append(ConceptPrompt(tuple(parts)))
+        return tuple(orders)
 
     def subset(self, names: Sequence[str]) -> "ConceptPrompt":
         """Return `a photo of <a> and <b>` with the named concepts (Break-a-Scene's union sampling)."""

@@ -86,10 +86,11 @@ def masks_among(
     if not there:
         nothing = torch.zeros(len(maps), *size, device=maps.device)
         return Estimate(nothing > 0, nothing, nothing > 0)
+    index = torch.tensor(there, device=maps.device)
     if regions is not None:
         alike = tuple(tuple(there.index(i) for i in g if i in there) for g in regions.alike)
-        regions = replace(regions, alike=alike)
-    index = torch.tensor(there, device=maps.device)
+        told = None if regions.told is None else regions.told[index]
+        regions = replace(regions, alike=alike, told=told)
     part = masks_from_maps(maps[index], size, settings, refine, regions)
 
     def at_place(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ SPOT = 0.35
 """Share of a map's maximum from which a spot in the background is a thing."""
 LEAST_CELLS = 2
 """Cells of the smallest region that a concept may be anchored in."""
+TOLD = 0.75
+"""Weight of what is told of a region, against the logarithm of a map's mean in it."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Regions:
         labels: the region that each cell belongs to, numbered from 0.
         alike: concepts that nothing in the prompt tells apart, as indices in the prompt's order;
             they are given their regions from left to right.
+        told: for each concept, what is known of each region beside its map, -1 (another thing) to 1
+            (the concept); None if nothing is.
     """
 
     labels: Int[Tensor, "h w"]
     alike: tuple[tuple[int, ...], ...] = ()
+    told: Float[Tensor, "k r"] | None = None
 
     @property
     def members(self) -> Float[Tensor, "r h w"]:
@@ -198,10 +203,15 @@ class Placed:
 
 
 def placed(maps: Float[Tensor, "k _h _w"], regions: Regions) -> Placed:
-    """Give each concept its region, by its attention map in 0..1 of any size."""
+    """Give each concept its region, by its attention map in 0..1 of any size and what is told."""
     members = regions.members
     found = evidence(maps, members)
-    return Placed(members, found, anchors(found, members, regions.alike))
+    chosen = anchors(found, members, regions.alike)
+    if chosen is not None and regions.told is not None:
+        told = found * (TOLD * regions.told).exp()
+        by_map, chosen = chosen, anchors(told, members, regions.alike)
+        found = torch.where((chosen == by_map)[:, None], found, told)
+    return Placed(members, found, chosen)
 
 
 def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:

@@ -32,6 +32,12 @@ class MaskSettings:
             the concept's best region.
         rivals: words that are added to the prompt while masks are read, so that what the prompt does
             not name has a word to go to, such as " and a thing". "" adds none (VCD).
+        orders: whether maps are read with the prompt's concepts in each of the others' places too, in
+            turn. A word's encoding holds what stands before it, and so do its maps. VCD reads the prompt
+            as it is.
+        naming_passes, naming_times: number of noises, and their range of t, by which the model's error
+            tells what each concept's region is, beside the maps: at least 2; 0 leaves it to the maps
+            (VCD).
         presence_passes: number of noises by which the least present concepts are told, where some are
             not found at the start: at least 2; 0 leaves it to the maps (VCD).
         acceptance: how many times the present mask's agreement (correlation) with fresh maps and the
@@ -51,20 +57,25 @@ class MaskSettings:
     regions: float | None = 0.08
     share: float = 0.6
     rivals: str = ""
+    orders: bool = True
+    naming_passes: int = 20
+    naming_times: tuple[float, float] = (0.05, 0.95)
     presence_passes: int = 16
     acceptance: float = 1.05
 
     def __post_init__(self) -> None:
         passes, tau = self.init_timesteps, self.threshold
         require("number of passes", passes, passes >= 1, "at least 1")
-        fits = len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1] <= 1
-        require("range of timesteps", self.timesteps, fits, "(low, high) with 0 <= low < high <= 1")
+        for span in (self.timesteps, self.naming_times):
+            fits = len(span) == 2 and 0 <= span[0] < span[1] <= 1
+            require("range of timesteps", span, fits, "(low, high) with 0 <= low < high <= 1")
         fits = tau == "otsu" if isinstance(tau, str) else 0 < tau < 1
         require("threshold", tau, fits, "a number between 0 and 1, or 'otsu'")
         limit = self.regions
         require("divergence of regions", limit, limit is None or limit > 0, "more than 0, or None")
         require("peak", self.peak, 0.5 <= self.peak <= 1, "0.5 to 1")
         require("share", self.share, 0 < self.share <= 1, "more than 0 and at most 1")
-        passes = self.presence_passes
-        require("passes for presence", passes, passes == 0 or passes >= 2, "0, or at least 2")
+        for what in ("presence", "naming"):
+            passes = getattr(self, f"{what}_passes")
+            require(f"passes for {what}", passes, passes == 0 or passes >= 2, "0, or at least 2")
         require("acceptance", self.acceptance, self.acceptance >= 0, "at least 0")

@@ -86,7 +86,7 @@ def e_step_picture(
     settings = problem.settings
     found = to_host(picture.found, problem.host)
     maps, fresh = latest_maps(problem, state, prepared, picture, generator)
-    regions = None if picture.regions is None else Regions(picture.regions)
+    regions = None if picture.regions is None else Regions(picture.regions, told=picture.told)
     there = [i for i, name in enumerate(prepared.names) if name in known]
     estimate = masks_among(there, maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
@@ -108,6 +108,7 @@ def e_step_picture(
         labels=labels,
         found=(found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
         regions=picture.regions,
+        told=picture.told,
         first=picture.first,
     )
 

@@ -102,16 +102,21 @@ def read_attention(
     if passes < 1:
         raise UserError(f"Bad number of passes. Expected at least 1, got {passes}.")
     prompt = with_rivals(prepared.example.prompt, settings.rivals)
-    conditioning = host.encode_prompts([prompt], vectors)
+    orders = prompt.orders() if settings.orders else (prompt,)
+    conditioning = host.encode_prompts(orders, vectors)
     wanted = mask_layers(prepared.layers, settings.all_layers)
     among = {layer.name: layer for layer in prepared.self_layers} if regions else {}
     size, k = finest_size(prepared.layers), len(prepared.names)
     t = to_host(host.schedule.draw_times(passes, generator, *settings.timesteps), host)
     eps = like_noise(prepared.Z0, passes, generator)
+    # In pairs, since halves are made of every other pass.
+    order_of = [(i // 2) % len(orders) for i in range(passes)]
     maps, affinity, seen = [], [], 0
     together = 1 if one_time(host) else passes_at_once(host, batch)
-    for times, noise in zip(t.split(together), eps.split(together), strict=True):
-        recorder = noisy_pass(host, prepared, conditioning, wanted, times, noise, among)
+    for index in torch.arange(passes).split(together):
+        of_each = conditioning.rows([order_of[i] for i in index.tolist()])
+        times, noise = t[index], eps[index]
+        recorder = noisy_pass(host, prepared, of_each, wanted, times, noise, among)
         maps.append(mean_maps(recorder.maps, wanted, size)[:, :k])
         if recorder.affinity:
             layers = torch.stack(list(recorder.affinity.values()))
@@ -139,10 +144,9 @@ def noisy_pass(
 ) -> AttentionRecorder:
     """What the recorder saw of one batch of noisy latents under one prompt."""
     Z_t = host.schedule.add_noise(prepared.Z0.expand_as(eps), eps, t)
-    repeated = conditioning.rows([0] * len(t))
     layers = [layer for layer in prepared.layers if layer.name in wanted]
-    recorder = recorder_for(repeated, prepared.names, layers, host)
+    recorder = recorder_for(conditioning, prepared.names, layers, host)
     recorder.among = among
     with host.record_attention(recorder):
-        host.predict(Z_t, t, repeated)
+        host.predict(Z_t, t, conditioning)
     return recorder

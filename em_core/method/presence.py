@@ -1,9 +1,9 @@
-"""Which of a prompt's concepts a picture does not show.
+"""Which of a prompt's concepts a picture does not show, and in which region each of them is.
 
 A word's attention, scaled to its own maximum, finds something in every picture. The model's own error tells
 more: it predicts the noise better under words for what is there (the idea of diffusion classifiers,
-arXiv 2303.16203; put to single words here). It tells a missing thing from the others, but costs a pass for each
-name and each noise, so that it is asked only where masks say that something is missing.
+arXiv 2303.16203; put to single words here). Where it is lower tells what a word stands for; how much lower
+in all, a missing thing from the others. It costs a pass for each name and each noise.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..masks.regions import evidence
+from ..masks.settings import MaskSettings
 from ..model.protocol import Conditioning, DiffusionModel, passes_at_once, to_host
 from ..prompts import ConceptVectors
 from .maps import like_noise, one_time
@@ -20,10 +22,10 @@ from .problem import Prepared
 TIMES = (0.2, 0.7)
 """Shares of the schedule in which a word makes a difference: later ones show all, earlier ones nothing."""
 STANDARD_ERRORS = 2.0
-"""By how many a concept must be less present than one that was not found, to be left out instead."""
+"""By how many a concept must be less present than one that was not found, to be left out instead; and
+above nothing the best region of a concept, to count in full."""
 
 
-@torch.no_grad()
 def presence(
     host: DiffusionModel,
     prepared: Prepared,
@@ -47,36 +49,87 @@ def presence(
         generic word minus that under the concept's own; the smallest mean is that of the concept that is
         most likely absent.
     """
-    prompt, conditionings = prepared.example.prompt, []
+    missed = missed_words(host, prepared, vectors, generic_word, passes, TIMES, generator, batch)
+    return missed.mean(dim=(2, 3)).T.cpu()
+
+
+def naming(
+    host: DiffusionModel,
+    prepared: Prepared,
+    vectors: ConceptVectors,
+    generic_word: str,
+    settings: MaskSettings,
+    members: Float[Tensor, "r h w"],
+    alike: Sequence[Sequence[int]],
+    generator: torch.Generator,
+) -> Float[Tensor, "k r"]:
+    """How much the model's error says that a region is what a concept's vectors stand for.
+
+    Args:
+        members: the picture's regions, 1 where a cell belongs to one.
+        alike: concepts whose vectors are the same, as indices; they are told the same.
+
+    Returns:
+        -1 to 1; 1 in a concept's best region if the noises agree on it by two standard errors, and less
+        if they do not; 0 everywhere for vectors that are the generic word's.
+    """
+    passes = settings.naming_passes
+    missed = missed_words(
+        host, prepared, vectors, generic_word, passes, settings.naming_times, generator
+    )
+    by_region = torch.stack([evidence(of_concept, members) for of_concept in missed])
+    for group in alike:
+        by_region[list(group)] = by_region[list(group)].mean(dim=0)
+    mean, error = by_region.mean(dim=1), by_region.std(dim=1) / passes**0.5
+    best, where = mean.max(dim=1, keepdim=True)
+    sure = STANDARD_ERRORS * error.gather(1, where)
+    return (mean / torch.maximum(best, sure).clamp(min=1e-12)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def missed_words(
+    host: DiffusionModel,
+    prepared: Prepared,
+    vectors: ConceptVectors,
+    generic_word: str,
+    passes: int,
+    times: tuple[float, float],
+    generator: torch.Generator,
+    batch: int = 10,
+) -> Float[Tensor, "k n h w"]:
+    """By how much the squared error of the model's output grows, at each pixel of the latents, if a
+    generic word stands in a concept's place: for each concept, under n noises that all share."""
+    conditionings = []
     for name in (None, *prepared.names):
         instead = dict(vectors)
         if name is not None:
             count = len(next(iter(vectors[name].values())))
             instead[name] = host.initial_vectors(generic_word, count, generator)
-        conditionings.append(host.encode_prompts([prompt], instead))
-    t = to_host(host.schedule.draw_times(passes, generator, *TIMES), host)
+        conditionings.append(host.encode_prompts(prepared.example.prompt.orders(), instead))
+    t = to_host(host.schedule.draw_times(passes, generator, *times), host)
     eps = like_noise(prepared.Z0, passes, generator)
     together = 1 if one_time(host) else passes_at_once(host, batch)
-    errors = [mean_errors(host, prepared.Z0, t, eps, c, together) for c in conditionings]
-    return (torch.stack(errors[1:], dim=1) - errors[0][:, None]).cpu()
+    errors = [squared_errors(host, prepared.Z0, t, eps, c, together) for c in conditionings]
+    return torch.stack(errors[1:]) - errors[0]
 
 
-def mean_errors(
+def squared_errors(
     host: DiffusionModel,
     Z0: Float[Tensor, "1 c h w"],
-    t: Float[Tensor, " b"],
-    eps: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " n"],
+    eps: Float[Tensor, "n c h w"],
     conditioning: Conditioning,
     together: int,
-) -> Float[Tensor, " b"]:
-    """Mean squared errors of the model's outputs under one prompt, `together` samples at a time."""
-    errors = []
-    for times, noise in zip(t.split(together), eps.split(together), strict=True):
+) -> Float[Tensor, "n h w"]:
+    """Squared errors of the model's outputs, mean over channels, under prompts that take turns."""
+    count, errors = len(next(iter(conditioning.streams.values())).columns), []
+    for index in torch.arange(len(t)).split(together):
+        times, noise = t[index], eps[index]
         Z = Z0.expand_as(noise)
         Z_t = host.schedule.add_noise(Z, noise, times)
-        output = host.predict(Z_t, times, conditioning.rows([0] * len(times)))
+        output = host.predict(Z_t, times, conditioning.rows((index % count).tolist()))
         wrong = output.float() - host.schedule.target(Z, noise, times)
-        errors.append(wrong.square().mean(dim=(1, 2, 3)))
+        errors.append(wrong.square().mean(dim=1))
     return torch.cat(errors)
 
 

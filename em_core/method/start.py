@@ -18,7 +18,7 @@ from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
 from .maps import read_attention
-from .presence import presence, who_is_there
+from .presence import naming, presence, who_is_there
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
 
@@ -108,6 +108,7 @@ def first_masks(
         labels=estimate.masks,
         found=estimate.believed(settings.masks.guards),
         regions=found.regions,
+        told=found.told,
         first=found.maps,
     )
 
@@ -120,11 +121,13 @@ class FirstMasks:
         maps: [k, h, w] attention maps, each scaled to 0..1.
         estimate: the masks that they make.
         regions: [h, w] the picture's regions; None where they are not looked for.
+        told: [k, r] what the model's error says of them; None where it was not asked.
     """
 
     maps: Float[Tensor, "k _h _w"]
     estimate: Estimate
     regions: Int[Tensor, "_h _w"] | None
+    told: Float[Tensor, "k r"] | None = None
 
 
 def masks_of_vectors(
@@ -144,8 +147,8 @@ def masks_of_vectors(
     Args:
         alike: concepts whose vectors are the same, as indices in the prompt's order; they are given
             their regions from left to right.
-        generic_word: a word that fits any thing, which a concept's presence is measured against; ""
-            does not ask which concepts the picture shows.
+        generic_word: a word that fits any thing, which the others are measured against where the
+            model's error is asked what a region is, or which concepts the picture shows; "" does not ask.
     """
     passes, limit = settings.init_timesteps, settings.regions
     reading = read_attention(
@@ -161,6 +164,11 @@ def masks_of_vectors(
             maps[list(group)] = min_max(maps[list(group)].mean(dim=0))
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
+    if regions is not None and generic_word and settings.naming_passes:
+        told = naming(
+            host, prepared, vectors, generic_word, settings, regions.members, alike, generator
+        )
+        regions = replace(regions, told=told)
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
     missing = (~estimate.believed(settings.guards)).nonzero().flatten().tolist()
     if generic_word and settings.presence_passes and 0 < len(missing) < len(maps):
@@ -171,7 +179,7 @@ def masks_of_vectors(
         if there is not None and not only_alike(missing, there, alike):
             among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
             estimate = among if among.believed(settings.guards)[there].all() else estimate
-    return FirstMasks(maps, estimate, labels)
+    return FirstMasks(maps, estimate, labels, None if regions is None else regions.told)
 
 
 def only_alike(

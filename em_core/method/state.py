@@ -26,6 +26,8 @@ class PictureState:
         labels: [k, H, W] the same as labels.
         found: [k] whether a concept has a mask worth learning under; on the CPU, since each step asks.
         regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
+        told: [k, r] what the model's error says of the regions, see
+            :func:`em_core.method.presence.naming`; None where it was not asked.
         first: [k, h, w] the maps of the first masks, which no learning has touched; None without them.
     """
 
@@ -36,6 +38,7 @@ class PictureState:
     labels: Bool[Tensor, "k H W"]
     found: Bool[Tensor, " k"]
     regions: Int[Tensor, "_h _w"] | None = None
+    told: Float[Tensor, "k r"] | None = None
     first: Float[Tensor, "k h w"] | None = None
 
     def __post_init__(self) -> None:

@@ -22,12 +22,13 @@ from em_core.method.e_step import (
 from em_core.method.joint import learn_joint, prior_term
 from em_core.method.loop import Step, StepEvent, learn
 from em_core.method.m_step import draw, draw_subset, forward_backward, m_step
-from em_core.method.maps import Reading, read_attention
+from em_core.method.maps import Reading, like_noise, noisy_pass, read_attention, with_rivals
 from em_core.method.optimizer import learnable
 from em_core.method.problem import Problem, prepare
 from em_core.method.start import initialise, masks_of_vectors, start_vectors
 from em_core.method.state import PictureState, RunState, generator_at
 from em_core.model.layers import finest_size, mask_layers
+from em_core.model.recording import mean_maps
 from em_core.model.schedules import VariancePreserving
 from em_core.presets import literal
 from em_core.prompts import ConceptPrompt, ConceptVectors
@@ -211,6 +212,31 @@ def test_reading_does_not_depend_on_the_batch(
         torch.testing.assert_close(of_parts, of_all, atol=1e-5, rtol=1e-5)
     weighted = (4 * by_parts.halves[0] + 3 * by_parts.halves[1]) / 7
     torch.testing.assert_close(by_parts.maps, weighted)
+
+
+def test_reading_takes_the_prompts_orders_in_turn(
+    host: DiffusersHost, example: Example, short: EMSettings
+) -> None:
+    """Six passes: pairs of the prompt, of the one with its concepts exchanged, and of the prompt again."""
+    problem = prepare(host, [example], short)
+    prepared, generator = problem.pictures[0], seeded(0)
+    vectors, settings = start_vectors(problem, seeded(3)), short.masks
+    found = read_attention(host, prepared, vectors, settings, 6, seeded(0)).maps
+    prompt = with_rivals(example.prompt, settings.rivals)
+    orders = [prompt, prompt.orders()[1], prompt]
+    assert str(orders[1]) != str(prompt) and orders[1].orders()[1] == prompt
+    t = host.schedule.draw_times(6, generator, *settings.timesteps)
+    eps, one_by_one = like_noise(prepared.Z0, 6, generator), []
+    wanted = mask_layers(prepared.layers, settings.all_layers)
+    for index in range(6):
+        conditioning = host.encode_prompts([orders[index // 2]], vectors)
+        here = slice(index, index + 1)
+        recorder = noisy_pass(host, prepared, conditioning, wanted, t[here], eps[here], {})
+        one_by_one.append(mean_maps(recorder.maps, wanted, (16, 16))[0, :2])
+    torch.testing.assert_close(found, torch.stack(one_by_one).mean(dim=0), atol=1e-5, rtol=1e-5)
+    as_it_is = replace(settings, orders=False)
+    plain = read_attention(host, prepared, vectors, as_it_is, 6, seeded(0)).maps
+    assert float((plain - found).abs().max()) > 1e-3
 
 
 def test_literal_loop_estimates_after_every_step(

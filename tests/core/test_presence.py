@@ -15,7 +15,7 @@ from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.guards import Guards
 from em_core.masks.measures import iou
 from em_core.masks.settings import MaskSettings
-from em_core.method.presence import presence, who_is_there
+from em_core.method.presence import naming, presence, who_is_there
 from em_core.method.problem import prepare_picture
 from em_core.method.start import only_alike
 from em_core.model.protocol import Conditioning
@@ -63,6 +63,43 @@ def test_presence_is_the_difference_of_the_errors(together: int) -> None:
     dog, cat, thing = OFFSETS["red"], OFFSETS["blue"], OFFSETS["grey"]
     expected = [(thing + cat) ** 2 - (dog + cat) ** 2, (dog + thing) ** 2 - (dog + cat) ** 2]
     torch.testing.assert_close(found, torch.tensor([expected] * 7), rtol=1e-3, atol=1e-3)
+
+
+class WrongBySide(WrongBy):
+    """Off its target by one in the side of the picture whose word the prompt does not have."""
+
+    def encode_prompts(
+        self, prompts: Sequence[ConceptPrompt], vectors: ConceptVectors
+    ) -> Conditioning:
+        words = {float(by_encoder["colours"][0, 0]) for by_encoder in vectors.values()}
+        wrong = [float(not any(abs(w - OFFSETS[c]) < 1e-6 for w in words)) for c in ("red", "blue")]
+        conditioning = super().encode_prompts(prompts, vectors)
+        return replace(conditioning, inputs={"wrong": torch.tensor([wrong] * len(prompts))})
+
+    def predict(self, Z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        s, wrong = t[:, None, None, None], conditioning.inputs["wrong"]
+        halves = wrong.repeat_interleave(Z_t.shape[-1] // 2, dim=1)[:, None, None, :]
+        return (Z_t - (1 - s) * self.Z0) / s - self.Z0 + halves
+
+
+@pytest.mark.parametrize("together", [1, 4, 10])
+def test_the_error_names_the_side_of_each_word(together: int) -> None:
+    """<cat:blue> is right, <dog:red> left, and the generic word, which helps nowhere, in none."""
+    host = WrongBySide(together)
+    prompt = ConceptPrompt.parse("a photo of <cat:blue>, <dog:red> and <it:grey>")
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prepared = prepare_picture(host, Example(picture, prompt), MaskSettings())
+    host.Z0, generator = prepared.Z0, torch.Generator().manual_seed(1)
+    vectors = {c.name: host.initial_vectors(c.words, 1, generator) for c in prompt.concepts}
+    members = torch.zeros(2, 4, 4)
+    members[0, :, :2], members[1, :, 2:] = 1, 1
+    told = naming(host, prepared, vectors, "grey", MaskSettings(), members, (), generator)
+    expected = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(told, expected, atol=1e-3, rtol=0)
+    alike = naming(host, prepared, vectors, "grey", MaskSettings(), members, [(0, 1)], generator)
+    torch.testing.assert_close(
+        alike, torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), atol=1e-3, rtol=0
+    )
 
 
 def noises(*means: float, spread: float = 0.01) -> Tensor:

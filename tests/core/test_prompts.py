@@ -71,6 +71,17 @@ def test_a_prompt_without_concepts_is_refused_where_one_is_needed() -> None:
         ConceptPrompt.parse("a photo of a dog").require_concepts()
 
 
+def test_orders_move_the_concepts_of_a_list_and_nothing_else() -> None:
+    prompt = ConceptPrompt.parse("a photo of a <a:cat>, an <b:owl> and the <c> on <shore:beach>")
+    assert [str(order) for order in prompt.orders()] == [
+        "a photo of a <a:cat>, an <b:owl> and the <c> on <shore:beach>",
+        "a photo of a <b:owl>, an <c> and the <a:cat> on <shore:beach>",
+        "a photo of a <c>, an <a:cat> and the <b:owl> on <shore:beach>",
+    ]
+    for text in ("<a> with <b>", "<a> on <b>", "a photo of <a>", "a photo"):
+        assert ConceptPrompt.parse(text).orders() == (ConceptPrompt.parse(text),)
+
+
 def test_subset_follows_the_order_asked_for() -> None:
     prompt = ConceptPrompt.parse("<a:x> with <b:y> in <c:z>")
     assert str(prompt.subset(["c", "a"])) == "a photo of <c:z> and <a:x>"

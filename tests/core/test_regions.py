@@ -157,6 +157,26 @@ def test_what_another_concept_has_is_barred() -> None:
     assert keep[1, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_what_is_told_of_regions_decides_between_maps_that_are_nearly_alike() -> None:
+    maps = maps_of((1.0, 0.9, 0.0, 0.0), (0.9, 1.0, 0.0, 0.0))
+    told = torch.tensor([[-1.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0]])
+    assert placed(maps, Regions(STRIPES)).chosen.tolist() == [0, 1]
+    exchanged = placed(maps, Regions(STRIPES, told=told))
+    assert exchanged.chosen.tolist() == [1, 0]
+    keep = belonging(exchanged, share=0.6)
+    assert keep[0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    clear = maps_of((1.0, 0.1, 0.0, 0.0), (0.1, 1.0, 0.0, 0.0))
+    assert placed(clear, Regions(STRIPES, told=told)).chosen.tolist() == [0, 1]
+
+
+def test_what_is_told_changes_nothing_where_it_names_the_same_region() -> None:
+    """A second part of a thing stays the concept's, though its word is told of the first alone."""
+    maps = maps_of((1.0, 0.7, 0.4, 0.05))
+    told = torch.tensor([[1.0, -1.0, -1.0, 0.0]])
+    plain, with_told = (placed(maps, Regions(STRIPES, told=t)) for t in (None, told))
+    assert torch.equal(plain.found, with_told.found)
+
+
 def test_fewer_regions_than_concepts_bar_nothing() -> None:
     maps = torch.rand(5, 4, 12, generator=seeded())
     assert bool((belonging(placed(maps, Regions(STRIPES)), 0.6) == 1).all())
