@@ -169,10 +169,15 @@ def anchors(
     Concepts that are alike have theirs from left to right (by the centroid; ties from the top).
     None where there are fewer regions than concepts.
     """
+    return None if found.shape[0] > found.shape[1] else assigned(found, members, alike)
+
+
+def assigned(
+    found: Float[Tensor, "k r"], members: Float[Tensor, "r h w"], alike: Sequence[Sequence[int]]
+) -> Int[Tensor, " k"]:
+    """The anchors where there are regions enough."""
     cells = members.sum(dim=(1, 2))
     score = found.clamp(min=1e-4).log().where(cells >= LEAST_CELLS, torch.tensor(-20.0))
-    if score.shape[0] > score.shape[1]:
-        return None
     chosen = torch.tensor(best_assignment(score))
     x, y = centroids(members)
     for group in alike:
@@ -203,15 +208,19 @@ class Placed:
 
 
 def placed(maps: Float[Tensor, "k _h _w"], regions: Regions) -> Placed:
-    """Give each concept its region, by its attention map in 0..1 of any size and what is told."""
+    """Give each concept its region, by its attention map in 0..1 of any size and what is told.
+
+    What is told counts where it gives a concept another region than the maps alone would.
+    """
     members = regions.members
     found = evidence(maps, members)
-    chosen = anchors(found, members, regions.alike)
-    if chosen is not None and regions.told is not None:
-        told = found * (TOLD * regions.told).exp()
-        by_map, chosen = chosen, anchors(told, members, regions.alike)
-        found = torch.where((chosen == by_map)[:, None], found, told)
-    return Placed(members, found, chosen)
+    by_map = anchors(found, members, regions.alike)
+    if by_map is None or regions.told is None:
+        return Placed(members, found, by_map)
+    told = found * (TOLD * regions.told).exp()
+    chosen = assigned(told, members, regions.alike)
+    changed = (chosen != by_map)[:, None]
+    return Placed(members, torch.where(changed, told, found), chosen)
 
 
 def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:
