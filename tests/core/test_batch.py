@@ -32,7 +32,6 @@ from tiny_encoders import save_dino
 
 from em_core import ConceptSet, DiffusersHost, Example, find_masks, learn_concepts
 from em_core.__main__ import main
-from em_core.demo import model_path
 from em_core.errors import UserError
 from em_core.jobs import kinds, perform
 from em_core.jobs.cluster import Cluster
@@ -54,12 +53,6 @@ def batch(file: Path, out: Path, *more: str) -> int:
 
 def never() -> bool:
     return False
-
-
-@pytest.fixture(scope="module")
-def host() -> DiffusersHost:
-    """A model that no other test has used, as the jobs' own is."""
-    return DiffusersHost.load(model_path())
 
 
 @pytest.fixture(scope="module")
