@@ -1,5 +1,6 @@
 """The demo model and one of its scenes, shared by the tests."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from em_core.demo.scenes import concept_scene
 from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
 from em_core.presets import em_settings
+from em_core.runs.key import model_digest
 from em_core.settings import EMSettings
 
 
@@ -21,8 +23,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def host() -> DiffusersHost:
-    return load_host("demo")
+def host() -> Iterator[DiffusersHost]:
+    """The demo model that all tests share: what one leaves changed would change others' results."""
+    shared = load_host("demo")
+    before = model_digest(shared)
+    yield shared
+    assert model_digest(shared) == before, "a test has changed the weights of the shared model"
 
 
 @pytest.fixture(scope="session")

@@ -134,12 +134,13 @@ def test_whole_weights_are_not_learned_in_half_precision(
     problem = prepare(host, [example], replace(short, steps=1), replace(JOINT, kind="full"))
     state = initialise(problem)
     weight = host.unet.conv_out.weight
+    own = weight.data
     try:
-        weight.data = weight.data.bfloat16()
+        weight.data = own.bfloat16()
         with pytest.raises(UserError, match=r"float32, got torch\.bfloat16"):
             list(learn_joint(problem, state))
     finally:
-        weight.data = weight.data.float()
+        weight.data = own
 
 
 def test_several_pictures_share_a_concept(
