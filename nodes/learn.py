@@ -127,7 +127,7 @@ class LearnConcepts(io.ComfyNode):
             loss_map(learned),
             curves,
             found,
-            ui=on_node(*said),
+            ui=on_node(*said, last_preview=picture),
         )
 
 

@@ -146,7 +146,7 @@ class LearnVisualCondition(io.ComfyNode):
             loss_map(learned),
             curves,
             found,
-            ui=on_node(*said),
+            ui=on_node(*said, last_preview=picture),
         )
 
 

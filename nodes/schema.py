@@ -17,5 +17,9 @@ KNOWN = {field.name for field in fields(io.Schema)}
 
 
 def schema(**given: Any) -> io.Schema:
-    """Build a schema from the fields that this version of ComfyUI knows; the others are dropped."""
+    """Build a schema from the fields that this version of ComfyUI knows; the others are dropped.
+
+    What a node said and showed is sent again when its result is used again, as after a page reload.
+    """
+    given = {"has_intermediate_output": True, **given}
     return io.Schema(**{name: value for name, value in given.items() if name in KNOWN})

@@ -61,13 +61,22 @@ def show_picture(picture: Image.Image) -> None:
     ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))
 
 
-def on_node(*lines: str, pictures: Sequence[Image.Image] = ()) -> dict[str, list[Any]]:
+def on_node(
+    *lines: str, pictures: Sequence[Image.Image] = (), last_preview: Image.Image | None = None
+) -> dict[str, list[Any]]:
     """What a node's `ui` holds so that these lines stay on it (see web/js/text_on_nodes.js), and pictures.
 
-    The pictures go to ComfyUI's folder of temporary files, as those of its Preview Image do.
+    Pictures go to ComfyUI's folder of temporary files, as those of its Preview Image do. The last preview
+    is on the node already (see :func:`show_picture`); it is there again when the page has been reloaded.
     """
-    shown = [
-        saved for picture in pictures for saved in ui.PreviewImage(to_images([picture])).values
-    ]
-    text = {"text": ["\n".join(line for line in lines if line)]}
-    return {**text, "images": shown} if shown else text
+    said: dict[str, list[Any]] = {"text": ["\n".join(line for line in lines if line)]}
+    if pictures:
+        said["images"] = [saved for picture in pictures for saved in saved_for_now(picture)]
+    if last_preview is not None:
+        said["picture"] = saved_for_now(last_preview)
+    return said
+
+
+def saved_for_now(picture: Image.Image) -> list[Any]:
+    """Save a picture as Preview Image does; return where, as the front end wants it."""
+    return list(ui.PreviewImage(to_images([picture])).values)

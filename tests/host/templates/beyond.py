@@ -75,9 +75,9 @@ def train_lora(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(loaded, picture, sized))),
-            group("2  Mask", column(found, mask, seen)),
+            group("2  Mask", column(found, mask)),
             group("3  Caption and mask", column(latent, caption, masked, others)),
-            group("4  Train", trained, column(saved, losses)),
+            group("4  Train", column(trained, seen), column(saved, losses)),
         )
     )
     return sheet

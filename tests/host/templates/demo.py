@@ -40,7 +40,6 @@ def two_together(info: Info) -> Sheet:
         masks=picture["MASK"],
     )  # fmt: skip
     learned = learn(sheet, model, example, joint="LoRA")
-    curves = show(sheet, learned["curves"], "Curves", (320, 246))
     saved = sheet.add(
         "SaveConcepts", width=330, concepts=learned, name="demo_concepts", overwrite=True, exports=True,
         clip=model["CLIP"],
@@ -57,7 +56,7 @@ def two_together(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(model, picture, seen))),
-            group("2  Learn and save", column(example, curves, saved), column(learned, prompt)),
+            group("2  Learn and save", column(example, prompt, saved), learned),
             group(
                 "3  Draw",
                 column(applied, new.text()),
@@ -205,7 +204,6 @@ def visual_condition(info: Info) -> Sheet:
         examples=example,
         steps=200,
     )  # fmt: skip
-    curves = show(sheet, learned["curves"], "Curves", (320, 250))
     saved = sheet.add(
         "SaveVisualCondition", width=300, condition=learned, name="demo_condition", overwrite=True
     )
@@ -227,7 +225,7 @@ def visual_condition(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(model, picture, seen))),
-            group("2  Learn", column(example, prompt, curves, saved), learned),
+            group("2  Learn", column(example, prompt, saved), learned),
             group("3  Draw", column(applied, new.text()), new.drawn()),
         )
     )

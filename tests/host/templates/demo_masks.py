@@ -48,7 +48,7 @@ def text_to_mask(info: Info) -> Sheet:
     model = sheet.add("LoadConceptDemoModel", width=240)
     picture = scene(sheet, "A", 3)
     seen = show(sheet, picture["IMAGE"], "The picture", (280, 280))
-    prompt = read(sheet, picture["prompt"], "The prompt in use", 300)
+    prompt = read(sheet, picture["prompt"], "The prompt in use", 320)
     found = sheet.add(
         "ExtractLatentMasks", width=320, model=model["MODEL"], clip=model["CLIP"], vae=model["VAE"],
         image=picture["IMAGE"], prompt=picture["prompt"], crf="off",
@@ -64,7 +64,7 @@ def text_to_mask(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(model, picture, seen))),
-            group("2  Find", column(found, heat), column(prompt, rough)),
+            group("2  Find", column(found, prompt), column(heat, rough)),
             group("3  Refine", column(refined, fine)),
             group("How good?", column(compared, overlay)),
         )
@@ -175,7 +175,7 @@ def discover(info: Info) -> Sheet:
         "DiscoverConcepts", width=300, model=model["MODEL"], clip=model["CLIP"], vae=model["VAE"],
         image=picture["IMAGE"],
     )  # fmt: skip
-    prompt = read(sheet, found["prompt"], "The prompt that it wrote", 300)
+    prompt = read(sheet, found["prompt"], "The prompt that it wrote", 320)
     masks = show_masks(sheet, found["masks"], "What it found", (300, 280))
     learned = learn(sheet, model, found["examples"], mode="given")
     applied = apply(sheet, model, learned)
@@ -185,8 +185,8 @@ def discover(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(model, picture, seen))),
-            group("2  Discover", column(found, masks, prompt)),
-            group("3  Learn", learned),
+            group("2  Discover", column(found, masks)),
+            group("3  Learn", column(learned, prompt)),
             group("4  Draw one of them", column(applied, new.text()), new.drawn()),
         )
     )

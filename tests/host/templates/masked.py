@@ -32,7 +32,7 @@ def find(
         image=picture,
         prompt=prompt,
     )  # fmt: skip
-    return found, sheet.add("ConceptMaskByName", width=320, examples=found["examples"], names=name)
+    return found, sheet.add("ConceptMaskByName", width=280, examples=found["examples"], names=name)
 
 
 def masked_latent(
@@ -60,7 +60,7 @@ def inpaint(info: Info) -> Sheet:
     picture = photo(sheet, height=310)
     sized = square(sheet, picture, family.side)
     found, mask = find(sheet, loaded, sized, "a photo of <cat:cat> on <sofa:sofa>", "cat")
-    seen = show_masks(sheet, mask["mask"], "The mask", (320, 246))
+    seen = show_masks(sheet, mask["mask"], "The mask", (280, 280))
     again = masked_latent(sheet, sized, mask["mask"], loaded)
     new = draw_with(
         sheet, loaded, loaded, family, "a photo of a fox on a sofa", "inpainted", picture=(340, 360),
@@ -69,7 +69,7 @@ def inpaint(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(loaded, picture, sized))),
-            group("2  Find", column(found, mask, seen)),
+            group("2  Find", found, column(mask, seen)),
             group("3  Prompt", column(new.prompt, new.negative, *again)),
             group("4  Draw", new.drawn()),
         )
@@ -213,8 +213,8 @@ def what_is_in(info: Info) -> Sheet:
     sheet.arrange(
         row(
             column(note, group("1  Picture and model", column(loaded, picture))),
-            group("2  Discover", column(found, masks, prompt)),
-            group("3  Learn", learned),
+            group("2  Discover", column(found, masks)),
+            group("3  Learn", column(learned, prompt)),
             group("4  Draw one of them", column(applied, new.text()), new.drawn()),
         )
     )

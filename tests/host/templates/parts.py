@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from templates.boxes import Box, column
 from templates.editor import Out, Placed, Sheet
+from templates.sizes import LEAST_PREVIEW, LEAST_SAVED
 
 Source = Placed | Out
 HOST = "https://huggingface.co"
@@ -106,14 +107,16 @@ def show(
 ) -> Placed:
     """A picture on the canvas, and in the output folder if it has a name."""
     kind, more = ("SaveImage", {"filename_prefix": save}) if save else ("PreviewImage", {})
-    return sheet.add(kind, title=title, width=size[0], height=size[1], images=image, **more)
+    height = max(size[1], LEAST_SAVED if save else LEAST_PREVIEW)
+    return sheet.add(kind, title=title, width=size[0], height=height, images=image, **more)
 
 
 def show_masks(
     sheet: Sheet, masks: Source, title: str, size: tuple[int, int] = (272, 246)
 ) -> Placed:
     """Masks on the canvas."""
-    return sheet.add("MaskPreview", title=title, width=size[0], height=size[1], mask=masks)
+    height = max(size[1], LEAST_PREVIEW)
+    return sheet.add("MaskPreview", title=title, width=size[0], height=height, mask=masks)
 
 
 def read(sheet: Sheet, text: Source, title: str, width: int = 272, height: int = 124) -> Placed:

@@ -20,12 +20,17 @@ WIDTHS = {
     "LearnConcepts": 320,
     "CompareConceptMasks": 272,
 }
-PICTURES = {"LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240}
+PICTURES = {
+    "LearnConcepts": 230, "LearnVisualCondition": 230, "LoadImage": 240, "ExtractLatentMasks": 230,
+    "DiscoverConcepts": 230,
+}  # fmt: skip
 """Room for pictures that a node shows itself."""
+LEAST_PREVIEW, LEAST_SAVED = 266, 302
+"""Heights below which Nodes 2.0 does not show a picture, without and with a file name's widget."""
 SAY = {
-    "LearnConcepts": 222, "LearnVisualCondition": 190, "SaveConcepts": 170, "LoadConcepts": 64,
+    "LearnConcepts": 232, "LearnVisualCondition": 190, "SaveConcepts": 226, "LoadConcepts": 64,
     "DiscoverConcepts": 110,
-    "ExtractLatentMasks": 110, "CompareConceptMasks": 84, "SaveVisualCondition": 66,
+    "ExtractLatentMasks": 110, "CompareConceptMasks": 92, "SaveVisualCondition": 92,
     "MaskTrainingConditioning": 66, "ConceptMaskByName": 50, "SaveConceptTrainingSet": 170,
     "EvaluateConcepts": 170,
 }  # fmt: skip
