@@ -1,4 +1,4 @@
-"""What the nodes behind one that learns would refuse, said before anything is learned."""
+"""What is wrong in the graph around a node that learns, said before anything is learned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import folder_paths
 
+from ..em_core.errors import UserError
+from ..em_core.examples import Example
 from ..em_core.exchange.saving import SUFFIX, embedding_name, require_case
 from ..em_core.exchange.triggers import read_triggers, require_pieces
 from ..em_core.prompts import require_apart
@@ -43,6 +45,23 @@ def require_savable(
                 require_pieces(words, vocabularies(clip, encoder_widths(clip)))
         if isinstance(name, str) and inputs.get("overwrite") is True:
             require_case(files_of(name, names, family))
+
+
+def require_masks(examples: Sequence[Example]) -> None:
+    """Say where masks go in the graph if the examples lack some that are to be learned under.
+
+    Raises:
+        UserError: a picture has no mask of a concept that its prompt marks.
+    """
+    for number, example in enumerate(examples, start=1):
+        names = example.prompt.names
+        missing = [name for name in names if name not in example.masks]
+        if missing:
+            raise UserError(
+                f"No mask of {', '.join(missing)} in picture {number}, though 'masks' of this node is 'given'. "
+                f"Connect masks to the input 'masks' of its Concept Example, one for each of {', '.join(names)} "
+                "in this order; or choose 'find and improve' on this node."
+            )
 
 
 def savers(graph: Graph, node: str, output: int) -> Iterator[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from ..em_core.model.plans import AUTO, CHOICES
 from ..em_core.prompts import merge_concepts
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.show.words import say_losses, say_masks
-from .ahead import require_savable
+from .ahead import require_masks, require_savable
 from .host.application import require_same_family
 from .host.families import identify
 from .learning.flow import Request, fulfil
@@ -104,6 +104,8 @@ class LearnConcepts(io.ComfyNode):
     ) -> io.NodeOutput:
         if not examples:
             raise UserError("There are no examples to learn from. Connect a Concept Example.")
+        if MODES[mode] == "given":
+            require_masks(examples)
         models, chosen = identify(model, clip, vae), settings or {}
         em = replace(em_of(models.family, mode, seed, chosen), steps=steps)
         joint_phase = joint_of(models.family, joint, chosen)

@@ -14,6 +14,7 @@ from ..em_core.presets import vico, visual_settings
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.settings import EMSettings, JointSettings, VisualSettings
 from ..em_core.show.words import say_masks
+from .ahead import require_masks
 from .automatic import AUTOMATIC, Number, advanced_inputs, checked, read
 from .host.families import identify
 from .learn import FIND
@@ -132,6 +133,8 @@ class LearnVisualCondition(io.ComfyNode):
         em = em_of(models.family, masks, seed, chosen)
         em, visual = phases(em, models.family, method, steps, own, chosen)
         request = Request(models, tuple(examples), em, JointSettings(), memory, visual, concepts)
+        if request.has_em and em.mode == "given":
+            require_masks(examples)
         with told_on_node() as told:
             condition = fulfil(request)
         learned = condition.concepts

@@ -102,8 +102,8 @@ def choose(name: str, joint: JointSettings, device: Device) -> tuple[Plan, ...]:
         first = PLANS[CHOICES.index(name) - 1]
     if first not in fit:
         raise UserError(
-            f"The joint phase {joint.kind!r} does not fit the memory plan {name!r}: it learns whole "
-            f"weights, in float32. Expected one of {', '.join(plan.name for plan in fit)}, or {AUTO!r}."
+            f"Learning whole weights does not fit the memory plan {name!r}, since it needs float32. Expected "
+            f"one of {', '.join(plan.name for plan in fit)}, or {AUTO!r}."
         )
     if first.fp8 and not device.fp8:
         first = PLANS[3]

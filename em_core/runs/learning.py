@@ -123,8 +123,7 @@ def require_start(concepts: ConceptSet, joint: JointSettings) -> None:
     if concepts.weights and joint.kind != "none":
         raise UserError(
             f"The concepts {', '.join(concepts.names)} have weights of their own, such as a LoRA, beside which no "
-            "further ones are learned. Learn tokens alone (no joint phase), or start from concepts that are tokens "
-            "alone."
+            "further ones are learned. Learn tokens alone, or start from concepts that are tokens alone."
         )
 
 

@@ -65,7 +65,7 @@ def within_memory(
         left = smaller(left, attempt)
     raise UserError(
         f"Not enough memory to learn, even with the plan {attempt.plan.name} and {attempt.batch} sample "
-        "per step. The model has been unloaded. Use a smaller resolution, close other programs that use "
+        "per step. The model has been unloaded. Learn at a smaller size, close other programs that use "
         "the graphics card, or learn tokens alone."
     )
 
@@ -77,7 +77,7 @@ def choice(attempt: Attempt, free: float, work: Work, family: str) -> str:
     if attempt.batch < work.batch:
         text += f" Samples per step: {attempt.batch} instead of {work.batch}."
     if need > free:
-        text += " This may not suffice; a smaller resolution needs less."
+        text += " This may not suffice; a smaller learning size needs less."
     return text
 
 

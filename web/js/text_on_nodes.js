@@ -7,7 +7,7 @@ import { api } from "../../../scripts/api.js"
 const NAME = "visual_concepts_text"
 const PICTURE = "visual_concepts_picture"
 const PROGRESS = "$$node-text-preview"
-const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/extensions/")[1].split("/")[0])
+export const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/extensions/")[1].split("/")[0])
 const LINE = 17
 const LETTER = 5.8
 const MARGIN = 48

@@ -164,12 +164,13 @@ def discover(info: Info) -> Sheet:
     note = sheet.note(
         "*Discover Concepts* counts the things in a picture without being told what they are, and gives each "
         "a mask and a name: `<concept1>`, `<concept2>`, ... from left to right. Its *examples* go straight "
-        "to *Learn Concepts*; *given* learns under the masks that were found. "
-        "The one that is drawn has a token alone: kind and colours come, patterns seldom.",
+        "to *Learn Concepts*; *given* learns under the masks that were found.\n\nAll that is learned is a "
+        "token: kind and colours come, patterns about half of the time. What the demo model cannot draw at "
+        "all, such as the looks of *Demo Scene*'s other kinds, no token makes it draw.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
-    picture = scene(sheet, "E", 4)
+    picture = scene(sheet, "A", 3)
     seen = show(sheet, picture["IMAGE"], "The picture", (240, 246))
     found = sheet.add(
         "DiscoverConcepts", width=300, model=model["MODEL"], clip=model["CLIP"], vae=model["VAE"],
