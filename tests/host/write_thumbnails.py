@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from found import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from server import Graph, Server
 from templates.stand_ins import on_demo, shortened
 from workflow_ui import to_api
 
 SIDE, MARGIN = 256, 6
+DRAWN_BY = "Example drawn with the demo model"
 SHOWN = ("MaskPreview", "PreviewImage", "SaveImage")
 LEARNING = 120
 
@@ -47,10 +48,15 @@ class Running(Server):
             return Image.open(io.BytesIO(answer.read())).convert("RGB")
 
 
+def is_demo(graph: Graph) -> bool:
+    """Whether a workflow is for the demo model."""
+    return any(of["class_type"] == "ConceptDemoScene" for of in graph.values())
+
+
 def prepared(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
     """The graph to run, with a preview of every scene before all else."""
     graph = to_api(workflow, info)
-    if any(of["class_type"] == "ConceptDemoScene" for of in graph.values()):
+    if is_demo(graph):
         graph = shortened(graph, 20, LEARNING)
     else:
         graph = on_demo(graph, 12, LEARNING // 2)
@@ -122,6 +128,17 @@ def sheet(tiles: list[Image.Image]) -> Image.Image:
     return canvas
 
 
+def labelled(picture: Image.Image) -> Image.Image:
+    """The picture above a line that says what drew it: a checkpoint's template shows no photograph."""
+    label = picture.width // 11
+    canvas = Image.new("RGB", (picture.width, picture.height + label), "black")
+    canvas.paste(picture)
+    middle = picture.width / 2, picture.height + label / 2
+    text = ImageFont.load_default(0.6 * label)
+    ImageDraw.Draw(canvas).text(middle, DRAWN_BY, "white", text, anchor="mm")
+    return canvas
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--port", type=int, required=True)
@@ -140,7 +157,10 @@ def main() -> None:
             tile([server.picture(of) for of in pictures])
             for pictures in chosen(workflow, graph, outputs)
         ]
-        sheet(tiles).save(file.with_suffix(".jpg"), quality=88)
+        picture = sheet(tiles)
+        if not is_demo(to_api(workflow, info)):
+            picture = labelled(picture)
+        picture.save(file.with_suffix(".jpg"), quality=88)
 
 
 if __name__ == "__main__":
