@@ -55,6 +55,15 @@ def complain(page: Any, said: Any) -> None:
         page.complaints.append(said.text)
 
 
+def answer(page: Any, dialog: Any) -> None:
+    """Let a page be left with work that is not saved, and keep what any other dialog says."""
+    if dialog.type == "beforeunload":
+        dialog.accept()
+    else:
+        page.complaints.append(dialog.message)
+        dialog.dismiss()
+
+
 def go(page: Any, server: Server) -> None:
     """Open the editor, or open it again."""
     page.goto(f"http://127.0.0.1:{server.port}/", timeout=120_000)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "scripts")]
-from browsing import SCREEN, complain, go  # noqa: E402
+from browsing import SCREEN, answer, complain, go  # noqa: E402
 from found import FOUND, MISSING, ROOT, python_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from server import Server  # noqa: E402
@@ -47,7 +47,7 @@ def page(saved: Server, browser: Any) -> Iterator[Any]:
     opened = browser.new_page(viewport=SCREEN)
     opened.complaints = []
     opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    opened.on("dialog", lambda dialog: (opened.complaints.append(dialog.message), dialog.dismiss()))
+    opened.on("dialog", lambda dialog: answer(opened, dialog))
     opened.on("console", lambda said: complain(opened, said))
     saved.post("/settings/Comfy.TutorialCompleted", True)
     go(opened, saved)

@@ -135,7 +135,7 @@ def test_cancel_and_go_on(page: Any, saved: Server) -> None:
     opened(page, LAYOUT)
     page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 3000, "seed": 99}])
     steps: list[int] = []
-    page.expose_function("keep_step", steps.append)
+    page.expose_function("keep_step", lambda step: steps.append(step))
     page.evaluate(
         "() => window.app.api.addEventListener('progress', e => e.detail.max === 3000 && keep_step(e.detail.value))"
     )

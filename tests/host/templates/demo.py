@@ -193,7 +193,7 @@ def visual_condition(info: Info) -> Sheet:
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
-    picture = scene(sheet, "B", 3)
+    picture = scene(sheet, "A", 3)
     seen = show(sheet, picture["IMAGE"], "The picture", (240, 246))
     prompt = read(sheet, picture["prompt"], "The prompt in use")
     example = sheet.add(
@@ -219,7 +219,7 @@ def visual_condition(info: Info) -> Sheet:
         applied,
         applied["CLIP"],
         model["VAE"],
-        "a photo of <rex> and <doll> on sand",
+        "a photo of <rex> on grass",
         "visual_condition",
     )
     sheet.arrange(
