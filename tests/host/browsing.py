@@ -92,14 +92,15 @@ def opened(page: Any, file: Path) -> None:
     assert {node["type"] for node in workflow["nodes"]} <= {*known, "Note", "MarkdownNote"}, file
 
 
-def press_run(page: Any) -> None:
-    page.locator(RUN).first.click(no_wait_after=True)
+def press(page: Any, button: str) -> None:
+    """Press a button at once: a click by the mouse waits until the page is drawn without a pause."""
+    page.locator(button).first.evaluate("of => of.click()")
 
 
 def run(page: Any, server: Server) -> dict[str, Any]:
     """Press the Run button, and wait for the end of what it queued."""
     before = set(server.get("/history"))
-    press_run(page)
+    press(page, RUN)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         ended = server.get("/history")

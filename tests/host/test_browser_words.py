@@ -13,13 +13,14 @@ from browsing import (
     CANVASES,
     OPEN,
     OVERLAPS,
+    RUN,
     TEXT,
     WITH_PROMPT,
     WITH_VALUES,
     choose,
     go,
     opened,
-    press_run,
+    press,
     run,
 )  # fmt: skip
 from server import Server
@@ -95,13 +96,13 @@ def test_why_a_prompt_is_refused(page: Any, saved: Server, nodes: str) -> None:
     page.evaluate(FORMER, "Said before.")
     wait_for_text(page, "Said before.")
     page.evaluate(WITH_PROMPT, "a photo of a square")
-    press_run(page)
+    press(page, RUN)
     wait_for_text(page, "No concept in the prompt 'a photo of a square'. Mark what to learn")
     assert not any("Said before." in text for text in texts(page))
     assert saved.get("/queue")["queue_running"] == []
     page.keyboard.press("Escape")
     page.evaluate(WITH_PROMPT, "a photo of <rex:square> and <doll:circle>")
-    press_run(page)
+    press(page, RUN)
     page.wait_for_function(
         "of => [...document.querySelectorAll(of)].every(e => !e.textContent.includes('No concept'))",
         arg=TEXT,
@@ -139,19 +140,19 @@ def test_cancel_and_go_on(page: Any, saved: Server) -> None:
     page.evaluate(
         "() => window.app.api.addEventListener('progress', e => e.detail.max === 3000 && keep_step(e.detail.value))"
     )
-    press_run(page)
+    press(page, RUN)
     deadline = time.monotonic() + 240
     while max(steps, default=0) < 5 and time.monotonic() < deadline:
         page.wait_for_timeout(100)
     (queued,) = [job[1] for job in saved.get("/queue")["queue_running"]]
     asked = time.time()
-    page.locator(CANCEL).first.click(no_wait_after=True)
+    press(page, CANCEL)
     messages = dict(saved.wait(queued, 60)["status"]["messages"])
     assert messages["execution_interrupted"]["timestamp"] / 1000 - asked < 2
     reached = max(steps)
     steps.clear()
     page.wait_for_timeout(500)
-    press_run(page)
+    press(page, RUN)
     while not steps and time.monotonic() < deadline:
         page.wait_for_timeout(100)
     stop(saved)
