@@ -21,7 +21,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 demo: $(VENV)/.demo
-	$(RUN) -m em_core demo --out output/demo
+	$(RUN) -m em_core demo --out output/demo --overwrite
 
 test: $(VENV)/.dev lint types tests
 

@@ -21,6 +21,7 @@ from .commands import (
     refine,
     scene,
 )
+from .commands.writing import RULE
 from .errors import OUT_OF_MEMORY, Notice, TrainingError, UserError, is_passing
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h, which schedulers take for a reason to start anew
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m em_core",
         description="Learn visual concepts and their masks from a few pictures.",
+        epilog=RULE,
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -1,7 +1,9 @@
 """Errors whose messages are written for the person who uses the pack."""
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -33,6 +35,22 @@ def require(what: str, value: object, fine: bool, expected: str) -> None:
     """Raise a UserError unless `fine`."""
     if not fine:
         raise UserError(f"Bad {what}. Expected {expected}, got {value!r}.")
+
+
+def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
+    """Return a question after the known name that is most like an unknown one, such as " Did you mean rex?".
+
+    Args:
+        name: what is unknown.
+        known: what it may have been meant for; upper and lower case are the same.
+        form: how the name is to be written, with "{}" in its place.
+
+    Returns:
+        The question, with a space before it; "" if no known name is like it.
+    """
+    by_case = {other.casefold(): other for other in known}
+    close = difflib.get_close_matches(name.casefold(), by_case, n=1)
+    return f" Did you mean {form.format(by_case[close[0]])}?" if close else ""
 
 
 OUT_OF_MEMORY_WORDS = (

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,6 +27,9 @@ from torch import Tensor
 from .errors import Notice, UserError
 
 DESCRIPTION, CHECKSUM = "visual_concepts", "sha256"
+OWN = re.compile(
+    r"visual-concepts (.+) (\d+)"
+)  # a kind of ours: its name, and the number of its format
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some network folders have none
 REPLACE_TRIES, REPLACE_SECONDS, READ_TRIES = 5, 0.05, 10
 
@@ -349,8 +353,10 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def article(kind: str) -> str:
-    """Return a kind of file with its article, which some have already."""
-    return kind if kind.startswith(("a ", "an ")) else f"a {kind}"
+    """Return a kind of file as people call it, with its article, which some have already."""
+    own = OWN.fullmatch(kind)
+    named = own[1] if own else kind
+    return named if named.startswith(("a ", "an ")) else f"a {named}"
 
 
 def describe(
@@ -367,6 +373,21 @@ def describe(
         plain = {}
     found = plain.get("kind") if isinstance(plain, dict) else None
     if found is None or found not in (kind, unchecked):
-        what = f"a {found} file" if found else "some other safetensors file"
-        raise UserError(f"{path} is {what}. Expected {article(kind)} file.")
+        raise UserError(f"{path} is {described(found, kind)}. Expected {article(kind)} file.")
     return plain
+
+
+def described(found: object, kind: str) -> str:
+    """Return what a file is that is not of the kind it must be of.
+
+    Args:
+        found: the kind that it tells; None if it tells none.
+        kind: the kind that was expected.
+    """
+    own = OWN.fullmatch(str(found))
+    if own is None:
+        return "some other safetensors file"
+    expected = OWN.fullmatch(kind)
+    if expected and own[1] == expected[1]:
+        return f"{article(own[0])} file of another version of Visual Concepts (format {own[2]}, not {expected[2]})"
+    return f"{article(own[0])} file of Visual Concepts"

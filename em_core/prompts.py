@@ -1,12 +1,13 @@
 """Concepts and the prompts that contain them: `a photo of <rex:dog> and <doll:old doll> on grass`."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import UserError
+from .errors import Notice, UserError, did_you_mean
 
 ConceptVectors = Mapping[str, Mapping[str, Tensor]]
 """Concept name -> text encoder name -> token vectors [n, d]."""
@@ -15,6 +16,7 @@ WORD = re.compile(r"[^\W\d_][\w']*")
 LISTED = re.compile(r"\s*(,|and|&|,\s*and)?\s*((a|an|the)\s+)?", re.IGNORECASE)
 MARK = re.compile(r"<([^<>]*)>")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+PLAIN_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 EMBEDDING = "embedding:"
 LOADERS = ("lora", "lyco", "lycoris", "hypernet")
 WEIGHT = re.compile(r"\((?:[^()<>]|<[^<>]*>)*:\s*[+-]?\d*\.?\d+\s*\)")
@@ -80,17 +82,28 @@ class ConceptPrompt:
     def names(self) -> tuple[str, ...]:
         return tuple(concept.name for concept in self.concepts)
 
-    def require_concepts(self) -> "ConceptPrompt":
+    def require_concepts(self, known: Iterable[str] = ()) -> "ConceptPrompt":
         """Return the prompt itself if it marks any concept.
+
+        Args:
+            known: names of learned concepts, one of which may be meant by a plain word.
 
         Raises:
             UserError: it marks none.
         """
-        if not self.concepts:
-            raise UserError(
-                f"No concept in the prompt {str(self)!r}. Mark what to learn or find, as in: {EXAMPLE}"
-            )
-        return self
+        if self.concepts:
+            return self
+        plain = self.plain_names(known)
+        hint = f"Mark what to learn or find, as in: {EXAMPLE}"
+        if plain:
+            hint = f"{' and '.join(plain)} is a plain word there. Write {in_marks(plain)} for what was learned."
+        raise UserError(f"No concept in the prompt {str(self)!r}. {hint}")
+
+    def plain_names(self, known: Iterable[str]) -> list[str]:
+        """Return the known concepts whose names stand in the prompt as plain words, and not as `<name>`."""
+        text = " ".join(part for part in self.parts if isinstance(part, str)).casefold()
+        words = set(PLAIN_NAME.findall(text))
+        return [name for name in known if name.casefold() in words and name not in self.names]
 
     def plain(self) -> str:
         """Return the prompt with each concept replaced by its initial words."""
@@ -234,7 +247,48 @@ def require_known(text: str, known: Iterable[str]) -> None:
     words = set(known)
     unknown = [word for word in WORD.findall(text.lower()) if word not in words]
     if unknown:
+        meant = "".join(did_you_mean(word, words, "'{}'") for word in dict.fromkeys(unknown))
         raise UserError(
-            f"This model does not know the word {', '.join(map(repr, unknown))}. "
+            f"This model does not know the word {', '.join(map(repr, unknown))}.{meant} "
             f"It knows: {', '.join(sorted(words))}."
         )
+
+
+def not_learned(name: str, known: Iterable[str]) -> UserError:
+    """Return the error that a prompt marks a concept that was not learned."""
+    known = tuple(known)
+    return UserError(
+        f"Concept {name} has not been learned.{did_you_mean(name, known, '<{}>')} Known: "
+        f"{', '.join(known) or 'none'}."
+    )
+
+
+def in_marks(names: Iterable[str]) -> str:
+    """Return names as they are written in prompts: `<rex> and <doll>`."""
+    return " and ".join(f"<{name}>" for name in names)
+
+
+def require_use(prompts: Sequence[ConceptPrompt], known: Sequence[str]) -> None:
+    """Notice prompts to draw that do not use what was learned, as where `rex` stands for `<rex>`.
+
+    Args:
+        prompts: the prompts.
+        known: the names of the learned concepts.
+
+    Raises:
+        UserError: no prompt has a concept, and the name of one stands in them as a plain word. Otherwise
+            there is a Notice.
+    """
+    none = not any(prompt.names for prompt in prompts)
+    for prompt in prompts:
+        plain = prompt.plain_names(known)
+        if plain and none:
+            prompt.require_concepts(known)
+        if plain or not prompt.names:
+            what = f"{' and '.join(plain)} is a plain word" if plain else "no concept is marked"
+            warnings.warn(
+                f"In the prompt {str(prompt)!r}, {what}. Write {in_marks(plain or known)} where what was learned "
+                "is meant.",
+                Notice,
+                stacklevel=3,
+            )

@@ -20,7 +20,9 @@ from ..jobs.perform import AGAIN, DONE, FAILED, FOUND, Outcome
 from ..jobs.reading import read_jobs
 from ..jobs.workers import Workers, card_environments
 from ..runs.runner import stop_on_signal
-from .common import add_model, load_tqdm, positive, require_folder
+from . import options
+from .common import add_model, load_tqdm, require_folder
+from .writing import add_quiet, say
 
 EXAMPLE = """examples:
   python -m em_core batch jobs.jsonl --out output/batch
@@ -55,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_executors(parser)
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=options.positive,
         default=1,
         help="CPU threads of a job that does not say; another number is another job (default: %(default)s)",
     )
@@ -67,12 +69,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--retries",
-        type=int,
+        type=options.whole(0),
         default=3,
         help="how often a job is tried again after a fault that passes, such as of a network or a lost worker; "
         "never after bad input (default: %(default)s)",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_quiet(parser)
     add_model(parser)
     parser.set_defaults(run=run_command)
 
@@ -81,7 +83,9 @@ def add_executors(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where jobs are done."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", type=positive, help="do so many jobs at a time, in processes of this machine"
+        "--workers",
+        type=options.positive,
+        help="do so many jobs at a time, in processes of this machine",
     )
     where.add_argument(
         "--ray",
@@ -90,7 +94,7 @@ def add_executors(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gpus-per-job",
-        type=float,
+        type=options.not_negative,
         help="cards of a job on a Ray cluster, such as 1 or 0.5 (default: 1 where the device is a card)",
     )
 
@@ -119,14 +123,12 @@ def run_command(args: argparse.Namespace) -> int:
     executor = executor_of(args, jobs)
     try:
         with stop_on_signal() as stop:
-            batch = Batch(
-                jobs, BatchFolder(root), executor, stop, bar.take, max(0, args.retries), end
-            )
+            batch = Batch(jobs, BatchFolder(root), executor, stop, bar.take, args.retries, end)
             status = batch.run()
     finally:
         bar.close()
         executor.close()
-    say(batch, end, status)
+    report(args, batch, end, status)
     return stop.status if stop() and status == TRY_AGAIN else status
 
 
@@ -165,7 +167,7 @@ def executor_of(args: argparse.Namespace, jobs: Sequence[Job]) -> Executor:
         return Workers(args.workers, threads, card_environments(args.workers, device))
     if args.ray is not None:
         gpus = args.gpus_per_job if args.gpus_per_job is not None else float(on_cards)
-        return Cluster(args.ray, gpus=gpus, threads=threads, retries=max(0, args.retries))
+        return Cluster(args.ray, gpus=gpus, threads=threads, retries=args.retries)
     return OneByOne()
 
 
@@ -199,12 +201,12 @@ class Bar:
             self.bar.close()
 
 
-def say(batch: Batch, end: str, status: int) -> None:
+def report(args: argparse.Namespace, batch: Batch, end: str, status: int) -> None:
     """Say what came of a batch, and where it is."""
     counts = Counter(entry.status or "not begun" for entry in batch.entries)
     parts = [f"{counts.pop(DONE, 0)} done", f"{counts.pop(FOUND, 0)} found again"]
     parts += [f"{count} {name}" for name, count in sorted(counts.items())]
-    sys.stdout.write(f"{', '.join(parts)}. Index: {batch.folder.root / f'index{end}.csv'}\n")
+    say(args, f"{', '.join(parts)}. Index: {batch.folder.root / f'index{end}.csv'}")
     if batch.halted is not None:
         sys.stderr.write(f"Ended early. {batch.halted.error}\n")
     if status == TRY_AGAIN:

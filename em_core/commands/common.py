@@ -1,7 +1,7 @@
 """What the commands share: loading models, reading pictures, showing progress."""
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..method.state import RunState
 from ..model.plans import AUTO as PLAN
 from ..model.plans import CHOICES
 from ..show.words import say_missing
+from . import options
 
 __all__ = [
     "load_host",
@@ -23,14 +24,6 @@ __all__ = [
     "read_examples",
     "read_masks",
 ]  # as all commands have them
-
-
-def positive(text: str) -> int:
-    """Parse a whole number greater than 0; an argparse type."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise ArgumentTypeError(f"expected a whole number greater than 0, got {text!r}")
-    return value
 
 
 def add_source(parser: ArgumentParser) -> None:
@@ -98,7 +91,7 @@ def add_guidance(parser: ArgumentParser) -> None:
     """Add `--guidance`."""
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=options.not_negative,
         default=5.0,
         help="scale of classifier-free guidance (default: %(default)s)",
     )
@@ -109,14 +102,16 @@ def write_line(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def load_planned(model: str, device: str, plan: str) -> PlannedModel:
-    """Read the model that `--model` names, to learn on it as `--plan` says.
+def load_planned(model: str, device: str, plan: str, quiet: bool = False) -> PlannedModel:
+    """Read the model that `--model` names, to learn on it as `--plan` says; unless it is to be quiet, it
+    says which plan it chooses.
 
     Raises:
         UserError: there is no such model or device.
     """
     quiet_libraries()
-    return PlannedModel(source_of(model), device, plan, say=write_line)
+    say = (lambda text: None) if quiet else write_line
+    return PlannedModel(source_of(model), device, plan, say=say)
 
 
 def require_folder(out: Path) -> None:

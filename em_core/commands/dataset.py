@@ -1,15 +1,15 @@
 """`python -m em_core dataset`: pictures, masks and captions in the layout of another trainer."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..errors import UserError
 from ..exchange.datasets import Choices
 from ..exchange.layouts import LAYOUTS, masks_of_run, read_words, save_dataset
 from ..prompts import merge_concepts
 from ..runs.concept_set import ConceptSet
+from . import options
 from .common import read_examples, require_folder
+from .writing import add_quiet, require_new, say
 
 EXAMPLE = """example:
   python -m em_core dataset --image photo.png --prompt "a photo of <rex:dog> on grass" --masks output/masks \\
@@ -37,11 +37,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=[],
         help="a folder of mask_<concept>.png for each picture",
     )
-    parser.add_argument("--concepts", type=Path, help="a concepts file, for the masks of its run")
+    parser.add_argument(
+        "--concepts",
+        type=options.concepts,
+        help="a concepts.safetensors file, or its folder, for the masks of its run",
+    )
     parser.add_argument("--layout", choices=list(LAYOUTS), required=True, help="whose layout")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the folder if it is there"
+        "--overwrite",
+        action="store_true",
+        help="replace the folder if it is there; otherwise that is an error",
     )
     parser.add_argument(
         "--words", default="", help="triggers for the captions, as in 'rex: sks, doll: ohwx doll'"
@@ -53,19 +59,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--paint-out", action="store_true", help="with --apart: paint over the other concepts"
     )
+    add_quiet(parser)
     parser.set_defaults(run=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Write the folder and say on stdout what is in it.
-
-    Raises:
-        UserError: the folder is there, or there are no masks.
-    """
-    if args.out.exists() and not args.overwrite:
-        raise UserError(
-            f"{args.out} is there already. Choose another folder, or add --overwrite to replace it."
-        )
+    """Write the folder and say on stdout what is in it."""
+    require_new([args.out], args.overwrite)
     require_folder(args.out.absolute().parent)
     examples = read_examples(args.image, args.prompt, args.masks)
     masks = [example.masks for example in examples]
@@ -73,5 +73,5 @@ def run_command(args: argparse.Namespace) -> int:
         masks = masks_of_run(ConceptSet.load(args.concepts), examples)
     names = [concept.name for concept in merge_concepts(e.prompt for e in examples)]
     choices = Choices(read_words(args.words, names), args.apart, args.crop, args.paint_out)
-    sys.stdout.write(f"{save_dataset(examples, masks, choices, args.layout, args.out)}\n")
+    say(args, save_dataset(examples, masks, choices, args.layout, args.out))
     return 0

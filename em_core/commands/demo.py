@@ -1,7 +1,6 @@
 """`python -m em_core demo`: the whole method once, in the demo world."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ..demo.scenes import ConceptPicture, ConceptScene, concept_scene, write_sce
 from ..examples import Example
 from ..files import write_json
 from ..hosts.diffusers import DiffusersHost
+from ..jobs.outputs import mask_file
 from ..method.loop import StepEvent
 from ..method.problem import Problem, prepare
 from ..method.start import initialise
@@ -29,13 +29,25 @@ from ..settings import Mode
 from ..show.drawing import overlay, sheet
 from ..show.metrics import final_iou, metrics
 from ..show.plots import plot_curves
+from . import options
 from .common import Progress, load_host, require_folder
+from .scene import files_of
+from .writing import add_output_options, require_new, say
 
 SETS_OF_SEVERAL = ("A", "B", "C", "D", "E", "F", "I", "J")  # in one picture
 SEED, SET = 12, "J"
 SCALE = 3
 # At 5 the demo model draws learned colours too strong: grey turns blue, and pink dark red.
 GUIDANCE = 3.0
+FILES = (
+    "masks_evolving.png",
+    "generated.png",
+    "curves.png",
+    "concepts.safetensors",
+    "metrics.json",
+    "overlay_start.png",
+    "overlay_end.png",
+)
 OTHER_PLACES = ("sand", "brick", "grass", "snow")
 
 
@@ -56,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=options.seed,
         default=SEED,
         help="seed of the scene and the run (default: %(default)s)",
     )
@@ -66,6 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=SET,
         help="which of the sets of `scene` (default: %(default)s, two of a kind and a bystander)",
     )
+    add_output_options(parser)
     parser.set_defaults(run=run_command)
 
 
@@ -85,14 +98,16 @@ class Film:
 def run_command(args: argparse.Namespace) -> int:
     """Write everything to --out and print a short table."""
     started, out = time.monotonic(), args.out
+    scene = concept_scene(args.seed, args.set)
+    names = [*FILES, *map(mask_file, scene.only.masks), *(f"scene/{f}" for f in files_of(scene))]
+    require_new([out / name for name in names], args.overwrite)
     require_folder(out)
     host = load_host("demo")
-    scene = concept_scene(args.seed, args.set)
     write_scene(scene, out / "scene")
     example = example_of(scene)
     film = Film(example.picture)
-    fixed, _, fixed_state = learn(host, example, "fixed", args.seed, [])
-    problem, seconds, state = learn(host, example, "em", args.seed, [film])
+    fixed, _, fixed_state = learn(host, example, "fixed", args, [])
+    problem, seconds, state = learn(host, example, "em", args, [film])
     concepts = conclude(problem, state)
     concepts.save(out / "concepts.safetensors")
     write_pictures(problem, state, film, out)
@@ -100,7 +115,7 @@ def run_command(args: argparse.Namespace) -> int:
     plot_curves(state.curves, out / "curves.png")
     report = metrics(problem, state, seconds) | {"fixed": metrics(fixed, fixed_state, 0.0)["iou"]}
     write_json(out / "metrics.json", report)
-    sys.stdout.write(table(state, fixed_state, out, time.monotonic() - started))
+    say(args, table(state, fixed_state, out, time.monotonic() - started))
     return 0
 
 
@@ -112,15 +127,19 @@ def example_of(scene: ConceptScene | ConceptPicture) -> Example:
 
 
 def learn(
-    host: DiffusersHost, example: Example, mode: Mode, seed: int, listeners: Sequence[Film]
+    host: DiffusersHost,
+    example: Example,
+    mode: Mode,
+    args: argparse.Namespace,
+    listeners: Sequence[Film],
 ) -> tuple[Problem, float, RunState]:
     """Learn with a progress bar; return the problem, the seconds it took, and the final state."""
     started = time.monotonic()
     family = host.identity().family
-    settings = replace(em_settings(family), mode=mode, seed=seed)
+    settings = replace(em_settings(family), mode=mode, seed=args.seed)
     joint = joint_settings(family, "lora" if mode == "em" else "none")
     problem = prepare(host, [example], settings, joint)
-    progress = Progress()
+    progress = Progress(args.quiet)
     state = run(problem, initialise(problem), [progress, *listeners])
     progress.close()
     return problem, time.monotonic() - started, state
@@ -167,8 +186,7 @@ def table(state: RunState, fixed: RunState, out: Path, seconds: float) -> str:
         f"  at the start       {sum(start.values()) / len(start):.3f}",
         f"  with fixed masks   {final_iou(fixed.curves):.3f}",
         f"  with EM            {final_iou(state.curves):.3f}",
-        f"files in {out}: masks_evolving.png, generated.png, curves.png, concepts.safetensors, metrics.json",
+        f"files in {out}: {', '.join(FILES[:5])}",
         f"time: {seconds:.0f} s",
-        "",
     ]
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """`python -m em_core evaluate`: draw pictures of learned concepts and measure them."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..evaluate.pretrained import Clip, Dino
 from ..evaluate.references import examples_again
 from ..evaluate.run import Drawing, evaluate_into
 from ..evaluate.tables import table
-from ..evaluate.task import read_prompts
+from ..evaluate.task import read_prompts, require_prompts
 from ..evaluate.writing import write_overview
 from ..examples import Example
 from ..hosts.diffusers import DiffusersHost
@@ -27,6 +26,7 @@ from ..presets import em_settings, joint_settings
 from ..runs.concept_set import ConceptSet
 from ..runs.learning import learn_concepts
 from ..runs.store import RunStore
+from . import options
 from .common import (
     Progress,
     add_any_weights,
@@ -34,11 +34,11 @@ from .common import (
     add_model,
     load_host,
     load_tqdm,
-    positive,
     quiet_libraries,
     read_masks,
     require_folder,
 )
+from .writing import add_quiet, say
 
 EXAMPLE = """examples:
   python -m em_core evaluate --concepts output/learned/concepts.safetensors --image output/scene/image.png \\
@@ -60,7 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--concepts", type=Path, help="a concepts.safetensors file")
+    what.add_argument(
+        "--concepts", type=options.concepts, help="a concepts.safetensors file, or its folder"
+    )
     what.add_argument(
         "--dreambench",
         type=Path,
@@ -74,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_encoders(parser)
     add_drawing(parser)
     add_benchmark_options(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_quiet(parser)
     add_model(parser)
     parser.set_defaults(run=run_command)
 
@@ -127,23 +129,26 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Add how pictures are drawn and searched."""
     parser.add_argument(
         "--count",
-        type=positive,
+        type=options.positive,
         default=PICTURES_PER_PROMPT,
         help="pictures per prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=options.seed,
         default=0,
         help="seed of each prompt's first picture; each further one adds 1 (default: %(default)s)",
     )
     parser.add_argument(
-        "--sampling-steps", type=positive, default=30, help="sampling steps (default: %(default)s)"
+        "--sampling-steps",
+        type=options.positive,
+        default=30,
+        help="sampling steps (default: %(default)s)",
     )
     add_guidance(parser)
     parser.add_argument(
         "--passes",
-        type=positive,
+        type=options.positive,
         default=20,
         help="number of noise samples to find a concept's mask in a picture with (default: %(default)s)",
     )
@@ -156,11 +161,13 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--coco-concepts",
-        type=positive,
+        type=options.positive,
         default=CONCEPTS,
         help="how many of COCO's concepts to learn (default: %(default)s, as in the paper)",
     )
-    parser.add_argument("--cases", type=positive, help="measure only the first so many cases")
+    parser.add_argument(
+        "--cases", type=options.positive, help="measure only the first so many cases"
+    )
     parser.add_argument(
         "--mode",
         choices=("em", "fixed", "given", "none"),
@@ -174,7 +181,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         help="what to learn besides the tokens of a benchmark's concepts (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=positive, help="steps of learning (default: what suits the model)"
+        "--steps", type=options.positive, help="steps of learning (default: what suits the model)"
     )
 
 
@@ -193,6 +200,8 @@ def run_command(args: argparse.Namespace) -> int:
         load_tqdm()
     concepts = ConceptSet.load(args.concepts) if one else None
     prompts = read_prompts(read_lines(args.prompts)) if one else ()
+    if concepts is not None:
+        require_prompts(prompts, concepts)
     examples = learned_from(args, concepts) if concepts else []
     cases = [] if one else cases_of(args)
     instruments = load_instruments(args)
@@ -203,7 +212,7 @@ def run_command(args: argparse.Namespace) -> int:
     concepts.require_fit(host.identity(), any_weights=args.any_weights)
     drawing = drawing_of(args, str(args.concepts))
     _, rows = evaluate_into(args.out, host, concepts, prompts, examples, instruments, drawing)
-    say(f"{table(rows)}\n\nThe report: {args.out / 'report.html'}")
+    say(args, f"{table(rows)}\n\nThe report: {args.out / 'report.html'}")
     return 0
 
 
@@ -217,7 +226,7 @@ def run_cases(
     em = replace(em, steps=args.steps) if args.steps else em
     joint = joint_settings(family, args.joint)
     for number, case in enumerate(cases, start=1):
-        say(f"{number} of {len(cases)}: {case.name}")
+        say(args, f"{number} of {len(cases)}: {case.name}")
         folder, examples = args.out / case.name, case.read()
         progress = Progress(args.quiet)
         concepts = learn_concepts(
@@ -229,7 +238,7 @@ def run_cases(
         evaluations[case.name], rows = evaluate_into(
             folder, host, concepts, case.prompts, examples, instruments, drawing
         )
-        say(f"{table(rows)}\n")
+        say(args, f"{table(rows)}\n")
     facts = {
         "benchmark": "DreamBench" if args.dreambench else f"COCO {args.coco_split}",
         "cases": str(len(cases)),
@@ -237,13 +246,8 @@ def run_cases(
         **drawing_of(args, "").facts,
     }
     rows = write_overview(args.out, f"Evaluation on {facts['benchmark']}", evaluations, facts)
-    say(f"{table(rows)}\n\nThe report: {args.out / 'report.html'}")
+    say(args, f"{table(rows)}\n\nThe report: {args.out / 'report.html'}")
     return 0
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def read_lines(file: Path) -> str:

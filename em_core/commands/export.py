@@ -1,12 +1,13 @@
 """`python -m em_core export`: learned concepts as files for ComfyUI and other programs."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..exchange.saving import RANK, numbered, require_name, save_exports
 from ..runs.concept_set import ConceptSet
-from .common import add_model, load_host, positive, require_folder
+from . import options
+from .common import add_model, load_host, require_folder
+from .writing import add_quiet, say, written
 
 DESCRIPTION = """\
 Write learned concepts as plain safetensors files, and say which of them goes where:
@@ -30,7 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--concepts", type=Path, required=True, help="a concepts.safetensors file")
+    parser.add_argument(
+        "--concepts",
+        type=options.concepts,
+        required=True,
+        help="a concepts.safetensors file, or its folder",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument(
         "--name", default="concepts", help="name of the files (default: %(default)s)"
@@ -48,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--rank",
-        type=positive,
+        type=options.positive,
         default=RANK,
         help="rank of changed whole weights (cross_attention, full) in NAME_lora (default: %(default)s)",
     )
@@ -57,6 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="also accept a fine-tune of the model that the concepts were learned on; the tokens are exact on it",
     )
+    add_quiet(parser)
     add_model(parser)
     parser.set_defaults(run=run_command)
 
@@ -72,5 +79,6 @@ def run_command(args: argparse.Namespace) -> int:
     saved = save_exports(
         concepts, name, args.out, args.out, host.vocabularies(), args.triggers, args.rank
     )
-    sys.stdout.write(f"{saved.guide}\n")
+    names = [file.name for file in saved.files(args.out, args.out)]
+    say(args, saved.guide, written(args.out, names))
     return 0

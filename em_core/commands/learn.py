@@ -1,22 +1,26 @@
 """`python -m em_core learn`: learn concepts and masks from pictures."""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from ..examples import Example
+from ..jobs.inputs import CONCEPTS, CONDITION
+from ..jobs.outputs import mask_file
+from ..method.discover import nameless
 from ..model.jobs import Work
 from ..pictures import read_picture
 from ..presets import em_settings, joint_settings, literal
 from ..prompts import ConceptPrompt
 from ..runs.concept_set import ConceptSet
+from ..runs.finding import MOST
+from ..runs.key import part_digests, run_parts
 from ..runs.learning import require_start
 from ..runs.visual_condition import VisualCondition
-from ..settings import EMSettings, JointSettings, Mode, VisualSettings, to_json
+from ..settings import EMSettings, JointSettings, Mode
+from . import options
 from .common import (
     add_plan,
     add_source,
@@ -25,10 +29,12 @@ from .common import (
     require_folder,
 )
 from .learning import DISCOVER, Learning
-from .results import CONCEPTS
-from .visual import CONDITION, add_learning_options, concepts_of, visual_of
+from .results import CURVES, METRICS, read_made_from
+from .visual import add_learning_options, concepts_of, visual_of
+from .writing import add_output_options, require_new, say
 
 STATE = "state.safetensors"
+INSTEAD = "Choose another folder with --out, or replace them with --overwrite."
 ANY_PROMPT = ConceptPrompt.parse("<concept>")  # until there is one
 EXAMPLE = """example:
   python -m em_core scene --seed 3 --out output/scene
@@ -63,10 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="continue the run that was stopped in --out; start it if there is none, and do nothing if it is "
         "finished",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the concepts of a finished run in --out"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_output_options(parser)
     add_plan(parser)
     add_source(parser)
     parser.set_defaults(run=run_command)
@@ -99,18 +102,24 @@ def add_em_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=options.positive,
         help="steps of the EM loop (default: 400, or 120 with the demo model)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of everything random (default: %(default)s)"
+        "--seed",
+        type=options.seed,
+        default=0,
+        help="seed of everything random (default: %(default)s)",
     )
     parser.add_argument(
-        "--vectors", type=int, default=1, help="token vectors per concept (default: %(default)s)"
+        "--vectors",
+        type=options.whole(1, 32),
+        default=1,
+        help="token vectors per concept (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rate",
-        type=float,
+        type=options.rate,
         help="learning rate of the token vectors (default: what suits the model)",
     )
     parser.add_argument(
@@ -134,17 +143,17 @@ def add_joint_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--joint-steps",
-        type=int,
+        type=options.positive,
         help="steps of the joint phase (default: 400, or 100 with the demo model)",
     )
     parser.add_argument(
         "--joint-learning-rate",
-        type=float,
+        type=options.rate,
         help="learning rate of the weights (default: what suits the model and the kind of joint phase)",
     )
     parser.add_argument(
         "--prior-weight",
-        type=float,
+        type=options.not_negative,
         default=0.0,
         help="weight of prior preservation in the joint phase; 0 is off (default: %(default)s)",
     )
@@ -172,47 +181,95 @@ def run_command(args: argparse.Namespace) -> int:
     state_file = args.out / STATE
     if not args.resume:
         require_no_state(state_file)
-    if not args.overwrite and not args.resume:
-        require_no_concepts(args.out / CONCEPTS)
+        require_no_concepts(args)
     require_inputs(args)
     examples = [Example(read_picture(args.image[0]), ANY_PROMPT)]
     if args.mode != DISCOVER:
         examples = read_examples(args.image, args.prompt, args.masks, args.truth)
-    model = load_planned(args.model, args.device, args.plan)
+    is_over = (args.out / CONCEPTS).is_file() and not args.overwrite
+    if not state_file.is_file() and not is_over:
+        require_new(results_of(args, examples), args.overwrite)
+    model = load_planned(args.model, args.device, args.plan, args.quiet)
     family = model.identity.family
     em, joint = settings_of(args, family)
     em, visual = visual_of(args, em, family)
     known = concepts_of(args, model.identity)
     if known is not None and visual is None:
         require_start(known, joint)
-    anew = not args.resume or state_file.is_file() or args.overwrite
-    if not anew and is_finished(args.out, examples, em, joint, visual):
+    digest = model.digest(joint)
+    parts = part_digests(run_parts(digest, examples, em, joint, visual, known))
+    if is_over and not state_file.is_file():
+        require_same(args, parts)
+        say(args, f"The run in {args.out} is finished; nothing is left to do.")
         return 0
-    learning = Learning(args, model.digest(joint), known, state_file)
+    learning = Learning(args, digest, known, state_file, parts)
     return model.carry_out(Work(examples, em, joint, visual), learning)
+
+
+def results_of(args: argparse.Namespace, examples: Sequence[Example]) -> list[Path]:
+    """Return the files that a run writes into --out; without a prompt, those that it may write."""
+    several = len(examples) > 1
+    masks = [
+        mask_file(name, number if several else None)
+        for number, example in enumerate(examples, start=1)
+        for name in (nameless(MOST) if args.mode == DISCOVER else example.prompt).names
+    ]
+    names = [CONCEPTS, *[CONDITION] * bool(args.visual), CURVES, METRICS]
+    return [args.out / name for name in [*names, *masks * (args.mode != "none")]]
 
 
 def require_inputs(args: argparse.Namespace) -> None:
     """Refuse a mode without what it needs, or with what it cannot use.
 
     Raises:
-        UserError: masks or prompts are missing, or there are some that nothing would come of.
+        UserError: masks, prompts or marks in them are missing, or there is something that nothing would
+            come of.
     """
     if args.mode == "given" and not args.masks:
         raise UserError(
             "--mode given needs --masks. Expected a folder with mask_<concept>.png for each picture."
         )
-    if args.mode != DISCOVER:
-        if not args.prompt:
-            raise UserError(
-                "No prompt. Expected --prompt with the concepts marked, as in: a photo of <rex:dog> on grass. "
-                "Without words for what the picture shows, use --mode discover."
-            )
+    if args.masks and args.mode != "given":
+        raise UserError(
+            f"--mode {args.mode} does not use --masks. Add --mode given to learn under them, or name them --truth "
+            "to compare with them."
+        )
+    if args.mode == DISCOVER:
+        require_nothing_named(args)
         return
+    if not args.prompt:
+        raise UserError(
+            "No prompt. Expected --prompt with the concepts marked, as in: a photo of <rex:dog> on grass. "
+            "Without words for what the picture shows, use --mode discover."
+        )
+    for text in args.prompt:
+        require_marks(text)
+
+
+def require_nothing_named(args: argparse.Namespace) -> None:
+    """Refuse names for what is to be discovered.
+
+    Raises:
+        UserError: there are some, or several pictures.
+    """
     if args.prompt or args.truth or len(args.image) > 1:
         raise UserError(
             "--mode discover names what it finds by itself, concept1 and so on from left to right. Expected one "
             "picture, and neither --prompt nor --truth."
+        )
+
+
+def require_marks(text: str) -> None:
+    """Refuse a prompt that marks nothing to learn.
+
+    Raises:
+        UserError: it is of that kind, or malformed.
+    """
+    if not ConceptPrompt.parse(text).names:
+        raise UserError(
+            f"No concept in the prompt {text!r}. Mark what to learn, as in --prompt 'a photo of <rex:dog> on "
+            "grass'; its mask, for --mode given or --truth, is then mask_rex.png. Without words for what the picture "
+            "shows, use --mode discover."
         )
 
 
@@ -229,52 +286,33 @@ def require_no_state(file: Path) -> None:
         )
 
 
-def is_finished(
-    out: Path,
-    examples: Sequence[Example],
-    em: EMSettings,
-    joint: JointSettings,
-    visual: VisualSettings | None,
-) -> bool:
-    """Return whether there is the result of a finished run with these prompts and settings.
+def require_same(args: argparse.Namespace, parts: Mapping[str, str]) -> None:
+    """Refuse to take the result of another run for this one's.
+
+    Args:
+        args: the options, of which --out is the folder of the finished run.
+        parts: digests of what this run is made from.
 
     Raises:
-        UserError: there is that of another run, which is not to be replaced.
+        UserError: that one was made from something else, or its files are damaged.
     """
-    file = out / (CONCEPTS if visual is None else CONDITION)
-    if not file.is_file():
-        return False
-    if visual is None:
-        concepts = ConceptSet.load(file)
-        same = acting(concepts.settings) == acting({"em": to_json(em), "joint": to_json(joint)})
-    else:
-        condition = VisualCondition.load(file)
-        concepts, same = (
-            condition.concepts,
-            replace(condition.settings, batch=visual.batch) == visual,
-        )
-    prompts = [example.prompt for example in examples]
-    found = concepts.prompts == tuple(map(str, prompts)) or prompts == [ANY_PROMPT]
-    if not same or not found:
-        require_no_concepts(file)
-    sys.stderr.write(f"The run in {out} is finished; nothing is left to do.\n")
-    return True
-
-
-def acting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's settings without the samples of a step, of which memory may have left it fewer."""
-    em = {name: value for name, value in settings["em"].items() if name != "batch"}
-    return {**settings, "em": em}
-
-
-def require_no_concepts(file: Path) -> None:
-    """Refuse to replace the concepts of a finished run.
-
-    Raises:
-        UserError: the file is there.
-    """
-    if file.is_file():
+    out = args.out
+    made = read_made_from(out / METRICS)
+    other = [name for name, digest in parts.items() if made.get(name) != digest]
+    if other:
         raise UserError(
-            f"{file.parent} holds the concepts of a finished run. Choose another folder with --out, or "
-            "replace them with --overwrite."
+            f"{out} holds the concepts of a finished run that had other {' and other '.join(other)}. {INSTEAD}"
         )
+    ConceptSet.load(out / CONCEPTS)
+    if args.visual is not None:
+        VisualCondition.load(out / CONDITION)
+
+
+def require_no_concepts(args: argparse.Namespace) -> None:
+    """Refuse to replace the concepts of a finished run unasked.
+
+    Raises:
+        UserError: they are there.
+    """
+    if (args.out / CONCEPTS).is_file() and not args.overwrite:
+        raise UserError(f"{args.out} holds the concepts of a finished run. {INSTEAD}")

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from ..runs.runner import finished, run, stop_on_signal
 from ..runs.state_file import StateFile
 from ..runs.truth import truth_digest
 from .common import Progress
-from .results import write_results
+from .results import summary, write_results
+from .writing import say, written
 
 DISCOVER = "discover"
 
@@ -34,6 +36,7 @@ class Learning:
         model: digest of the model.
         known: concepts that it starts from.
         file: where its state is kept.
+        made_from: digests of what it is made from.
         found: what was discovered.
         started: when it began.
     """
@@ -42,6 +45,7 @@ class Learning:
     model: str
     known: ConceptSet | None
     file: Path
+    made_from: Mapping[str, str]
     found: list[Example] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -65,8 +69,10 @@ class Learning:
         if not finished(problem, state):
             say_stopped(file, state)
             return stop.status
-        write_results(problem, state, out, time.monotonic() - self.started, known)
+        seconds = time.monotonic() - self.started
+        names = write_results(problem, state, out, seconds, self.made_from, known)
         file.remove()
+        say(self.args, *summary(problem, state), written(out, names))
         return 0
 
     def discovered(self, host: DiffusersHost, work: Work) -> list[Example]:

@@ -13,7 +13,10 @@ from ..masks.crf import PRESETS, CRFSettings, MaskRefiner, labels
 from ..masks.crf.pydensecrf_backend import load
 from ..masks.resizing import resize
 from ..pictures import read_mask, read_picture, save_mask
+from ..show.words import say_masks
+from . import options
 from .common import add_device, require_folder
+from .writing import add_output_options, require_new, say, written
 
 EXAMPLE = """examples:
   python -m em_core refine --image photo.png --mask mask_cat.png mask_dog.png --out output/refined
@@ -54,11 +57,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "diffumask are published ones, demo is for the demo model's pictures (default: %(default)s)",
     )
     parser.add_argument(
-        "--iterations", type=int, help="number of mean-field updates (default: the preset's)"
+        "--iterations",
+        type=options.whole(0, 1000),
+        help="number of mean-field updates (default: the preset's)",
     )
     parser.add_argument(
         "--working-size",
-        type=int,
+        type=options.positive,
         help="longer side to shrink the picture to while solving, such as 256 (default: full size)",
     )
     parser.add_argument(
@@ -66,6 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="refine each mask on its own; refined masks may then overlap",
     )
+    add_output_options(parser)
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.backend == "pydensecrf":
         load()
     targets = output_files(args.mask, args.out)
+    require_new(targets, args.overwrite)
     picture = read_picture(args.image).to(torch_device(args.device))
     refiner = MaskRefiner(picture, settings)
     size = (picture.shape[-2], picture.shape[-1])
@@ -84,6 +91,12 @@ def run(args: argparse.Namespace) -> int:
     refined = labels(refiner(masks), settings.joint)
     for target, mask in zip(targets, refined.cpu(), strict=True):
         save_mask(target, mask)
+    found = {target.stem: mask for target, mask in zip(targets, refined.cpu(), strict=True)}
+    say(
+        args,
+        f"Masks: {say_masks([found])}.",
+        written(args.out, [target.name for target in targets]),
+    )
     return 0
 
 

@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
-from ..demo.scenes import SETS, concept_scene, write_scene
+from ..demo.scenes import SETS, ConceptPicture, ConceptScene, concept_scene, write_scene
+from ..jobs.outputs import mask_file
+from . import options
 from .common import require_folder
+from .writing import add_output_options, require_new, say, written
 
 _DESCRIPTION = """\
 Render a 64 x 64 picture of objects that the demo model has not seen, with their true masks.
@@ -31,14 +34,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seed", type=int, required=True, help="chooses the scene; 0 or more")
+    parser.add_argument(
+        "--seed", type=options.seed, required=True, help="chooses the scene; 0 or more"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--set", choices=SETS, default="A", help="see above (default: A)")
+    add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Render the scene of `args.seed` and `args.set` into the folder `args.out`."""
+    scene = concept_scene(args.seed, args.set)
+    files = files_of(scene)
+    require_new([args.out / file for file in files], args.overwrite)
     require_folder(args.out)
-    write_scene(concept_scene(args.seed, args.set), args.out)
+    write_scene(scene, args.out)
+    prompts = [f"Prompt: {picture.prompt}" for picture in scene.pictures]
+    say(args, *prompts, written(args.out, files))
     return 0
+
+
+def files_of(scene: ConceptScene) -> list[str]:
+    """Return the files that a scene is written to; those of several pictures are in folders 1 and 2."""
+    if len(scene.pictures) == 1:
+        return names_of(scene.only)
+    return [
+        f"{number}/{name}"
+        for number, picture in enumerate(scene.pictures, start=1)
+        for name in names_of(picture)
+    ]
+
+
+def names_of(picture: ConceptPicture) -> list[str]:
+    return ["image.png", *map(mask_file, picture.masks), "prompt.txt"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..hosts.diffusers import DiffusersHost
+from ..jobs.inputs import CONDITION
 from ..model.identity import ModelIdentity
 from ..pictures import read_picture
 from ..presets import vico, visual_settings
@@ -12,9 +13,8 @@ from ..runs.concept_set import ConceptSet
 from ..runs.visual import with_reference
 from ..runs.visual_condition import VisualCondition
 from ..settings import EMSettings, VisualSettings
+from . import options
 from .common import read_masks
-
-CONDITION = "condition.safetensors"
 
 
 def add_learning_options(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +29,14 @@ def add_learning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--visual-steps",
-        type=int,
+        type=options.positive,
         help="steps of the visual phase (default: 400, or 200 with the demo model)",
     )
     parser.add_argument(
         "--concepts",
-        type=Path,
-        help="a concepts.safetensors file to go on from, such as `import` writes; a visual condition that starts "
-        "from all that it marks has no EM loop",
+        type=options.concepts,
+        help="a concepts.safetensors file, or its folder, to go on from, such as `import` writes; a visual "
+        "condition that starts from all that it marks has no EM loop",
     )
 
 
@@ -67,16 +67,20 @@ def concepts_of(args: argparse.Namespace, model: ModelIdentity) -> ConceptSet | 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of drawing with a visual condition."""
-    parser.add_argument("--condition", type=Path, help=f"a {CONDITION} file of learn --visual")
+    parser.add_argument(
+        "--condition",
+        type=options.condition,
+        help=f"a {CONDITION} file of learn --visual, or its folder",
+    )
     parser.add_argument(
         "--strength",
-        type=float,
+        type=options.number(0, 2),
         default=1.0,
         help="how strongly the condition acts, 0 to 2 (default: %(default)s)",
     )
     parser.add_argument(
         "--span",
-        type=float,
+        type=options.number(0, 1),
         nargs=2,
         default=(0.0, 1.0),
         metavar=("START", "END"),

@@ -71,17 +71,23 @@ def triggers_in_use(files: Sequence[Path]) -> dict[str, str]:
 
 def described_triggers(path: Path) -> dict[str, list[str]]:
     """Return the triggers that a LoRA file of this package tells; empty for any other file."""
+    return told_triggers(path) or {}
+
+
+def told_triggers(path: Path) -> dict[str, list[str]] | None:
+    """Return the triggers that a LoRA file of this package tells, empty where it has no tokens; None for
+    any other file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             start = file.read(min(length, PEEK))
             if LORA_KIND.encode() not in start:
-                return {}
+                return None
             header = json.loads(start + file.read(max(0, min(length, 2**27) - PEEK)))
         described = json.loads(header["__metadata__"][DESCRIPTION])
         return {str(name): list(map(str, words)) for name, words in described["triggers"].items()}
     except (*UNREADABLE, AttributeError):
-        return {}
+        return None
 
 
 def meaning(triggers: Triggers) -> str:

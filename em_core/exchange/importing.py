@@ -1,17 +1,19 @@
 """Embeddings and LoRAs of other programs as concepts."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Notice, UserError
 from ..files import read_safetensors, require_finite, tensor_copies
 from ..model.identity import ModelIdentity
 from ..prompts import NAME, Concept
 from ..runs.concept_set import ConceptSet
+from .describing import told_triggers
 from .embeddings import family_of, read_embedding, shapes_of
 from .pickles import refuse_pickle
 
@@ -80,6 +82,49 @@ def name_from(path: Path) -> str:
             "letters, digits, '_' or '-'."
         )
     return name
+
+
+def trigger_words(path: Path, name: str, words: str) -> str:
+    """Return the trigger words of a LoRA file's concept: the given ones, or those that the file tells.
+
+    Files of this package tell them, for each concept that is in them; those of other programs do not.
+
+    Args:
+        path: the file.
+        name: of the concept that it is to become.
+        words: what the user says; "" takes what the file tells.
+
+    Raises:
+        UserError: the file says otherwise, or tells of several concepts and none is chosen.
+    """
+    told = told_triggers(path)
+    if told is None:
+        return words
+    phrases = {concept: " ".join(of) for concept, of in told.items()}
+    if not phrases:
+        warnings.warn(
+            f"{path.name} holds what was learned of the model's weights, without the tokens. The file of its name "
+            "without '_lora' has both.",
+            Notice,
+            stacklevel=2,
+        )
+        return words
+    listed = " and ".join(f"{phrase!r} for {concept}" for concept, phrase in phrases.items())
+    given, concept = " ".join(words.lower().split()), name.strip()
+    if not given and (concept in phrases or len(phrases) == 1):
+        return phrases.get(concept, next(iter(phrases.values())))
+    if not given:
+        raise UserError(
+            f"{path.name} holds several concepts. Its trigger words are {listed}. Give those of one concept, or "
+            "take its name."
+        )
+    meant = [one for one, phrase in phrases.items() if f" {phrase} " in f" {given} "]
+    if not meant or (concept in phrases and concept not in meant):
+        raise UserError(
+            f"{words!r} are not the trigger words of {concept} in {path.name}. The file says that they are "
+            f"{listed}. Use these, or leave the words out."
+        )
+    return words
 
 
 def read_lora(path: Path, name: str, words: str) -> dict[str, Tensor]:

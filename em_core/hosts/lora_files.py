@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Notice, UserError
-from ..exchange.importing import imported, layer_of, read_lora
+from ..exchange.importing import imported, layer_of, read_lora, trigger_words
 from ..exchange.names import RESNET, TEXT, diffusers_path, kohya_name, table_name
 from ..model.adapters import DIFF, DOWN, UP
 from ..runs.concept_set import ConceptSet
@@ -29,12 +29,13 @@ def concept_of_lora(host: DiffusersHost, path: Path, name: str, words: str) -> C
     """Return a LoRA file as a concept: its weights, and its trigger words' vectors as tokens.
 
     kohya's names are read, those of diffusers and of ComfyUI's own training, with factors or with whole
-    differences, and this package's own files with tokens in them.
+    differences, and this package's own files with tokens in them, which tell their trigger words.
 
     Raises:
-        UserError: there are no name or trigger words; or the file is damaged, of another kind or
-            family, or incomplete.
+        UserError: there are no name or trigger words, or the file tells others; or it is damaged, of
+            another kind or family, or incomplete.
     """
+    words = trigger_words(path, name, words)
     tensors = read_lora(path, name, words)
     layers = lora_layers(host)
     parts = parts_of(path, tensors)

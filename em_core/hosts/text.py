@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..model.vectors import TableStatistics, spread_pieces
-from ..prompts import ConceptPrompt, ConceptVectors
+from ..prompts import ConceptPrompt, ConceptVectors, not_learned
 
 SD2_WIDTH = 1024
 WORD_LENGTH = 8
@@ -206,9 +206,7 @@ def require_learned(prompt: ConceptPrompt, vectors: ConceptVectors) -> None:
     """
     for name in prompt.names:
         if name not in vectors:
-            raise UserError(
-                f"Concept {name} has not been learned. Known: {', '.join(vectors) or 'none'}."
-            )
+            raise not_learned(name, vectors)
         counts = {encoder: len(v) for encoder, v in vectors[name].items()}
         if len(set(counts.values())) > 1:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Examples and masks from files."""
+"""Examples, masks and concepts from files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,21 @@ from ..errors import UserError
 from ..examples import Example, NamedMasks
 from ..pictures import read_mask, read_picture
 from ..prompts import ConceptPrompt
+
+CONCEPTS, CONDITION = "concepts.safetensors", "condition.safetensors"
+
+
+def in_folder(path: Path, name: str) -> Path:
+    """Return the file of this name in a folder, as learning leaves it there, or the path itself if it is none.
+
+    Raises:
+        UserError: it is a folder without that file.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / name).is_file():
+        raise UserError(f"No {name} in the folder {path}. Expected the file itself, or its folder.")
+    return path / name
 
 
 def read_masks(folder: Path, names: Sequence[str], *, all_needed: bool) -> NamedMasks:
@@ -42,8 +57,9 @@ def read_examples(
     prompts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
     for what, items in (("prompts", prompts), ("mask folders", masks), ("truth folders", truths)):
         if items and len(items) != len(images):
+            quotes = " Put each prompt in quotes." if what == "prompts" else ""
             raise UserError(
-                f"Bad number of {what}. Expected {len(images)} (one per picture), got {len(items)}."
+                f"Bad number of {what}. Expected {len(images)} (one per picture), got {len(items)}.{quotes}"
             )
     return [
         read_example(

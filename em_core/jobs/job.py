@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..exchange.saving import require_name
 from ..hosts.loading import AUTO, DTYPES
+from .inputs import CONCEPTS, in_folder
 
 KINDS = ("learn", "masks", "draw", "evaluate")
 SHORT = ("image", "prompt", "masks", "truth")
@@ -180,7 +181,7 @@ def read_job(values: Mapping[str, Any], folder: Path) -> Job:
         name=require_name(values["name"]),
         pictures=pictures_of(values, folder, prompted=kind in ("learn", "masks")),
         prompts=tuple(values.get("prompts", ())),
-        concepts=folder / values["concepts"] if "concepts" in values else None,
+        concepts=in_folder(folder / values["concepts"], CONCEPTS) if "concepts" in values else None,
     )
     require_whole(job)
     return job
@@ -198,7 +199,8 @@ def require_fields(what: str, values: Mapping[str, Any], known: Mapping[str, Che
     for name, value in values.items():
         if name not in known:
             raise UserError(
-                f"Unknown field {name!r} of a {what}. Expected some of {', '.join(known)}."
+                f"Unknown field {name!r} of a {what}.{did_you_mean(name, known)} Expected some of "
+                f"{', '.join(known)}."
             )
         fine, expected = known[name]
         if not fine(value):

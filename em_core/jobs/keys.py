@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..masks.settings import MaskSettings
 from ..model.plans import WHOLE
 from ..presets import em_settings, joint_settings
@@ -165,8 +165,9 @@ def merged(known: Mapping[str, Any], changes: Mapping[str, Any], inside: str) ->
     """
     strange = [inside + name for name in changes if name not in known]
     if strange:
+        meant = "".join(did_you_mean(name, [inside + n for n in known]) for name in strange)
         raise UserError(
-            f"No setting {', '.join(strange)}. Expected some of {', '.join(inside + n for n in known)}."
+            f"No setting {', '.join(strange)}.{meant} Expected some of {', '.join(inside + n for n in known)}."
         )
     found = dict(known)
     for name, value in changes.items():

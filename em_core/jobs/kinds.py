@@ -22,7 +22,7 @@ from ..masks.measures import areas, iou
 from ..model.jobs import Work as Planned
 from ..model.plans import AUTO
 from ..pictures import read_picture, save_image, to_image
-from ..prompts import ConceptPrompt
+from ..prompts import ConceptPrompt, require_use
 from ..runs.concept_set import ConceptSet
 from ..runs.finding import find_masks
 from ..runs.key import run_key
@@ -32,13 +32,11 @@ from ..settings import EMSettings
 from ..show.drawing import sheet
 from ..show.metrics import curves_of
 from ..show.plots import plot_curves
-from .inputs import read_example
+from .inputs import CONCEPTS, read_example
 from .job import Job
 from .keys import learning_settings, loading, mask_settings
 from .models import Facts, host_of, quiet_libraries, source_of
 from .outputs import save_masks, save_preview, save_small
-
-CONCEPTS = "concepts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,11 @@ def draw(work: Work) -> Found:
     """Draw pictures, one by one; those that are there from before are not drawn again."""
     job, concepts = work.job, learned(work)
     album = Album(work.kept / "drawn", work.key)
+    prompts = [ConceptPrompt.parse(text) for text in job.prompts]
+    require_use(prompts, concepts.names)
     rows = {}
-    for number, text in enumerate(job.prompts):
-        prompt, images = ConceptPrompt.parse(text), []
+    for number, (text, prompt) in enumerate(zip(job.prompts, prompts, strict=True)):
+        images = []
         for seed in range(job.seed, job.seed + job.count):
             work.check()
             picture = album.picture(number, seed, one_picture(work, prompt, concepts, seed))

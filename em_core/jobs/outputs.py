@@ -16,6 +16,11 @@ from ..show.drawing import overlay
 PREVIEW, SIDE = "preview.png", 256
 
 
+def mask_file(name: str, number: int | None = None) -> str:
+    """Return the name of a concept's mask; a number of its picture follows, where there are several."""
+    return f"mask_{name}.png" if number is None else f"mask_{name}_{number}.png"
+
+
 def save_masks(
     out: Path, masks: NamedMasks, size: Size, number: int | None = None
 ) -> dict[str, Bool[Tensor, "H W"]]:
@@ -32,8 +37,7 @@ def save_masks(
     stack = torch.stack([mask.float().cpu() for mask in masks.values()])
     large = dict(zip(masks, cut(resize(stack, size, "mask")), strict=True))
     for name, mask in large.items():
-        end = "" if number is None else f"_{number}"
-        save_mask(out / f"mask_{name}{end}.png", mask)
+        save_mask(out / mask_file(name, number), mask)
     return large
 
 

@@ -21,6 +21,9 @@ from ..prompts import ConceptPrompt
 from ..settings import EMSettings
 from .concept_set import ConceptSet
 
+MOST = 8
+"""How many things are found at most in a picture, unless another number is given."""
+
 
 @dataclass(frozen=True)
 class FoundMasks:
@@ -83,7 +86,7 @@ def discover(
     picture: Picture,
     settings: EMSettings | None = None,
     seed: int = 0,
-    most: int = 8,
+    most: int = MOST,
 ) -> tuple[ConceptPrompt, FoundMasks]:
     """Find the things in a picture without being told what they are.
 

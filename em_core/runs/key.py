@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,35 @@ def run_key(
         settings, joint, visual: settings of the phases.
         concepts: learned concepts that the run starts from.
     """
+    parts = run_parts(model, examples, settings, joint, visual, concepts)
+    return Digest().add([pack_digest(), *parts.values()]).hexdigest()
+
+
+def run_parts(
+    model: str,
+    examples: Sequence[Example],
+    settings: EMSettings,
+    joint: JointSettings,
+    visual: VisualSettings | None = None,
+    concepts: ConceptSet | None = None,
+) -> dict[str, Any]:
+    """Return all that acts on a run but this package's version, by what people call it; see :func:`run_key`."""
     given = settings.mode == "given"
-    inputs = [
-        [
-            example.picture.float(),
-            prompt_parts(example.prompt),
-            dict(sorted(example.masks.items())) if given else {},
-        ]
-        for example in examples
-    ]
-    acting: list[Any] = [pack_digest(), model, to_json(settings), to_json(joint), inputs]
-    known = [] if concepts is None else [concepts.vectors, concepts.weights, concepts.lora_scale]
-    if visual is not None:
-        acting += [to_json(visual), known]
-    elif known:
-        acting += ["from", known]
-    return Digest().add(acting).hexdigest()
+    return {
+        "model or memory plan": model,
+        "settings": [to_json(s) for s in (settings, joint, visual) if s is not None],
+        "pictures": [example.picture.float() for example in examples],
+        "prompts": [prompt_parts(example.prompt) for example in examples],
+        "masks": [dict(sorted(e.masks.items())) for e in examples] if given else [],
+        "concepts to start from": []
+        if concepts is None
+        else [concepts.vectors, concepts.weights, concepts.lora_scale],
+    }
+
+
+def part_digests(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hex digest of each part of a run."""
+    return {name: Digest().add(part).hexdigest() for name, part in parts.items()}
 
 
 def prompt_parts(prompt: ConceptPrompt) -> list[Any]:

@@ -59,9 +59,9 @@ class StateFile:
         tensors, plain = read_tensors(self.path, KIND)
         if plain.get("key") != self.key:
             raise UserError(
-                f"{self.path} belongs to a run with other pictures, prompts or settings, a different model or "
-                "another version of this package. Resume with the same ones, or start a new run in another "
-                "folder."
+                f"{self.path} belongs to a run with other pictures, prompts, masks or settings, other concepts to "
+                "start from, a different model or another version of this package. Resume with the same ones, or "
+                "start a new run in another folder."
             )
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:

@@ -6,6 +6,7 @@ from ..examples import NamedMasks
 from ..masks.guards import Guards
 from ..masks.measures import areas
 from ..method.state import Curves
+from .metrics import curves_of
 
 FALLING = 0.97
 """The loss still falls if its last quarter is below this share of the quarter before."""
@@ -53,6 +54,13 @@ def say_losses(curves: Curves) -> str:
         if last < FALLING * before
         else "The loss has settled."
     )
+
+
+def say_iou(curves: Curves) -> str:
+    """A line with each concept's last IoU with its true mask; "" if no true mask is known."""
+    last = {name: points[-1][1] for name, points in curves_of(curves, "iou").items()}
+    each = ", ".join(f"{name} {value:.2f}" for name, value in last.items())
+    return f"IoU with the true masks: {each}." if each else ""
 
 
 def say_time(seconds: float) -> str:

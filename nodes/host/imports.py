@@ -12,7 +12,13 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...em_core.errors import Notice, UserError
-from ...em_core.exchange.importing import imported, layer_of, read_lora, unknown_model
+from ...em_core.exchange.importing import (
+    imported,
+    layer_of,
+    read_lora,
+    trigger_words,
+    unknown_model,
+)
 from ...em_core.model.adapters import DIFF, DOWN, UP
 from ...em_core.runs.concept_set import ConceptSet
 from .families import encoder_widths, family_of, require_unet
@@ -33,6 +39,7 @@ def concept_of_lora(path: Path, name: str, words: str, model: Any, clip: Any) ->
         UserError: there are no name, trigger words, MODEL or CLIP; or the file is damaged, of another
             kind or family, or incomplete.
     """
+    words = trigger_words(path, name, words)
     tensors = read_lora(path, name, words)
     if model is None or clip is None:
         raise UserError(
