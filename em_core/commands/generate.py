@@ -73,8 +73,8 @@ def run_command(args: argparse.Namespace) -> int:
     """Write one PNG per picture, and grid.png."""
     condition = VisualCondition.load(args.condition) if args.condition else None
     concepts = ConceptSet.load(args.concepts) if args.concepts else None
-    learned = condition.concepts if condition and not concepts else concepts
-    prompts = prompts_of(args.prompt, learned)
+    used = condition.concepts if condition and not concepts else concepts
+    prompts = prompts_of(args.prompt, used)
     seeds = range(args.seed, args.seed + args.count)
     names = {
         (number, seed): f"prompt_{number}_seed_{seed}.png"

@@ -268,8 +268,8 @@ def require_marks(text: str) -> None:
     if not ConceptPrompt.parse(text).names:
         raise UserError(
             f"No concept in the prompt {text!r}. Mark what to learn, as in --prompt 'a photo of <rex:dog> on "
-            "grass'; its mask, for --mode given or --truth, is then mask_rex.png. Without words for what the picture "
-            "shows, use --mode discover."
+            "grass'; its mask, for --mode given or --truth, is then mask_rex.png. Without words for what the "
+            "picture shows, use --mode discover."
         )
 
 

@@ -48,8 +48,8 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 
 positive = whole(1)
 seed = whole(0, 2**63 - 1)
-rate = number(0, 1, above=True)
-not_negative = number(0, math.inf)
+rate = number(0.0, 1.0, above=True)
+not_negative = number(0.0, math.inf)
 
 
 def concepts(text: str) -> Path:

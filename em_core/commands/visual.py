@@ -74,13 +74,13 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--strength",
-        type=options.number(0, 2),
+        type=options.number(0.0, 2.0),
         default=1.0,
         help="how strongly the condition acts, 0 to 2 (default: %(default)s)",
     )
     parser.add_argument(
         "--span",
-        type=options.number(0, 1),
+        type=options.number(0.0, 1.0),
         nargs=2,
         default=(0.0, 1.0),
         metavar=("START", "END"),

@@ -7,9 +7,7 @@ from ..masks.guards import Guards
 from ..masks.measures import areas
 from ..method.state import Curves
 from .metrics import curves_of
-
-FALLING = 0.97
-"""The loss still falls if its last quarter is below this share of the quarter before."""
+from .trend import still_falls
 
 
 def say_missing(missing: Mapping[str, tuple[int, ...]], pictures: int) -> str:
@@ -42,17 +40,16 @@ def say_masks(pictures: Sequence[NamedMasks]) -> str:
 
 
 def say_losses(curves: Curves) -> str:
-    """Whether more steps may help, from the total loss of the run's last phase; "" if there is none."""
+    """Whether more steps may help, from the total loss of the run's last phase; "" where there are too few
+    steps to tell."""
     curve = curves.get("joint_loss/total") or curves.get("loss/total") or ()
-    quarter = len(curve) // 4
-    if not quarter:
+    falls = still_falls([value for _, value in curve])
+    if falls is None:
         return ""
-    values = [value for _, value in curve]
-    before, last = sum(values[-2 * quarter : -quarter]), sum(values[-quarter:])
     return (
         "The loss is still falling: more steps may help."
-        if last < FALLING * before
-        else "The loss has settled."
+        if falls
+        else "The loss no longer falls measurably."
     )
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from quick_commands import make_world
 
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
@@ -40,3 +42,19 @@ def example() -> Example:
 def short(host: DiffusersHost) -> EMSettings:
     """Settings of a run of a few seconds."""
     return replace(em_settings(host.identity().family), steps=12, e_step_every=4, batch=2, seed=3)
+
+
+@pytest.fixture(scope="session")
+def world(host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that quick commands work on."""
+    return make_world(tmp_path_factory.mktemp("world"), host)
+
+
+@pytest.fixture
+def without_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model fails the test: what is wrong and can be known is said before."""
+
+    def load(*args: object, **more: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(DiffusersHost, "load", load)
