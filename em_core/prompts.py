@@ -279,11 +279,12 @@ def require_use(prompts: Sequence[ConceptPrompt], known: Sequence[str]) -> None:
         UserError: no prompt has a concept, and the name of one stands in them as a plain word. Otherwise
             there is a Notice.
     """
-    none = not any(prompt.names for prompt in prompts)
+    if not any(prompt.names for prompt in prompts):
+        for prompt in prompts:
+            if prompt.plain_names(known):
+                prompt.require_concepts(known)
     for prompt in prompts:
         plain = prompt.plain_names(known)
-        if plain and none:
-            prompt.require_concepts(known)
         if plain or not prompt.names:
             what = f"{' and '.join(plain)} is a plain word" if plain else "no concept is marked"
             warnings.warn(

@@ -91,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
     refined = labels(refiner(masks), settings.joint)
     for target, mask in zip(targets, refined.cpu(), strict=True):
         save_mask(target, mask)
-    found = {target.stem: mask for target, mask in zip(targets, refined.cpu(), strict=True)}
+    found = {
+        target.stem.removeprefix("mask_"): mask
+        for target, mask in zip(targets, refined.cpu(), strict=True)
+    }
     say(
         args,
         f"Masks: {say_masks([found])}.",

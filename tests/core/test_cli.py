@@ -57,6 +57,11 @@ def learn(scene: Path, out: Path, *more: str) -> list[str]:
     return ["learn", "--image", image, "--prompt", prompt, "--out", str(out), "--quiet", *more]
 
 
+def loud(command: list[str]) -> list[str]:
+    """The same command, not quiet."""
+    return [one for one in command if one != "--quiet"]
+
+
 def test_scene_is_a_function_of_its_seed(scene: Path, tmp_path: Path) -> None:
     for seed in ("5", "6"):
         main(["scene", "--seed", seed, "--set", "B", "--out", str(tmp_path / seed)])
@@ -180,15 +185,11 @@ def test_truth_of_another_size(scene: Path, tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--steps", "0"], "Bad steps. Expected at least 1, got 0"),
         (["--mode", "given"], "needs --masks"),
         (["--device", "cuda:99"], "No device 'cuda:99'"),
         (["--plan", "half", "--joint", "full"], "does not fit the memory plan 'half'"),
-        (["--joint", "lora", "--joint-learning-rate", "0"], "Bad learning_rate of the joint phase"),
         (["--model", "nowhere"], "No model at nowhere"),
         (["--truth", "nowhere"], "No folder nowhere"),
-        (["--learning-rate", "-1"], "Bad learning rate"),
-        (["--vectors", "0"], "Bad vectors"),
     ],
 )
 def test_bad_options(scene: Path, tmp_path: Path, capsys, more: list[str], says: str) -> None:
@@ -202,7 +203,7 @@ def test_memory_plans_of_a_cpu(scene: Path, tmp_path: Path, capsys) -> None:
     found = []
     for plan, chosen in (("automatic", "float32"), ("half-recomputing", "float32, recomputing")):
         out = tmp_path / plan
-        assert main(learn(scene, out, "--steps", "2", "--plan", plan)) == 0
+        assert main(loud(learn(scene, out, "--steps", "2", "--plan", plan))) == 0
         assert f"GB free (memory plan {chosen})." in capsys.readouterr().err
         found.append(ConceptSet.load(out / "concepts.safetensors"))
     assert not differences(found[0].vectors, found[1].vectors)
@@ -224,7 +225,7 @@ def test_out_of_memory_goes_on_with_the_next_plan(
 
     monkeypatch.setattr(loop, "m_step", failing)
     capsys.readouterr()
-    assert main(learn(scene, tmp_path / "short", "--steps", "4")) == 0
+    assert main(loud(learn(scene, tmp_path / "short", "--steps", "4"))) == 0
     said = capsys.readouterr().err
     assert said.index("(memory plan float32).") < said.index("(memory plan float32, recomputing).")
     assert steps == [0, 1, 2, 2, 3]
@@ -486,9 +487,50 @@ def test_resuming_is_for_schedulers_that_start_again(
     assert main(learn(scene, tmp_path / "whole", "--steps", "6")) == 0
     concepts = (out / "concepts.safetensors").read_bytes()
     assert concepts == (tmp_path / "whole" / "concepts.safetensors").read_bytes()
+    capsys.readouterr()
     assert main(command) == 0
-    assert "is finished; nothing is left to do" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "")
+    assert main(loud(command)) == 0
+    assert "is finished; nothing is left to do" in capsys.readouterr().out
     assert main(learn(scene, out, "--steps", "7", "--resume")) == 2
-    assert "holds the concepts of a finished run" in capsys.readouterr().err
+    assert "holds the concepts of a finished run that had other settings" in capsys.readouterr().err
     assert main(learn(scene, out, "--steps", "7", "--resume", "--overwrite")) == 0
     assert (out / "concepts.safetensors").read_bytes() != concepts
+
+
+def test_a_finished_run_is_that_of_the_same_inputs_alone(
+    scene: Path, world: Path, tmp_path: Path, capsys
+) -> None:
+    """Of pictures, prompts, masks and concepts to start from, the one that is another is named; true masks do
+    not act."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(scene, other)
+    begun = ["--concepts", str(world / "learned"), "--steps", "1", "--resume"]
+    given = ["--mode", "given", "--masks"]
+    assert main(learn(scene, out, *begun, *given, str(scene))) == 0
+    learned = (out / "concepts.safetensors").read_bytes()
+    again = loud(learn(scene, out, *begun, *given, str(scene), "--truth", str(scene)))
+    assert main(again) == 0
+    assert "is finished" in capsys.readouterr().out
+
+    def says(what: str, command: list[str]) -> None:
+        assert main(command) == 2
+        assert f"a finished run that had other {what}. Choose" in capsys.readouterr().err
+
+    moved = ConceptSet.load(world / "learned" / "concepts.safetensors")
+    moved.vectors["rex"]["clip_l"][0, 0] += 1e-3
+    moved.save(tmp_path / "moved.safetensors")
+    from_others = ["--concepts", str(tmp_path / "moved.safetensors"), *begun[2:]]
+    says("concepts to start from", learn(scene, out, *from_others, *given, str(scene)))
+    says("concepts to start from", learn(scene, out, *begun[2:], *given, str(scene)))
+    Image.new("L", (64, 64), 255).save(other / "mask_rex.png")
+    says("masks", learn(scene, out, *begun, *given, str(other)))
+    Image.open(scene / "image.png").rotate(90).save(other / "image.png")
+    says("pictures", learn(other, out, *begun, *given, str(scene)))
+    prompt = (scene / "prompt.txt").read_text().replace("photo of", "photo of a")
+    (other / "prompt.txt").write_text(prompt)
+    says("pictures and other prompts", learn(other, out, *begun, *given, str(scene)))
+    (out / "metrics.json").write_text("{}")
+    assert main(again) == 2
+    assert "does not tell what the finished run there was made from" in capsys.readouterr().err
+    assert (out / "concepts.safetensors").read_bytes() == learned

@@ -145,6 +145,6 @@ def test_what_the_losses_say() -> None:
     falling = {"loss/total": tuple((step, 1 / step) for step in range(1, 41))}
     level = {"loss/total": tuple((step, 1.0 + step % 2) for step in range(1, 41))}
     assert say_losses(falling) == "The loss is still falling: more steps may help."
-    assert say_losses(level) == "The loss has settled."
+    assert say_losses(level) == "The loss no longer falls measurably."
     assert say_losses(falling | {"joint_loss/total": level["loss/total"]}) == say_losses(level)
     assert say_losses({}) == say_losses({"loss/total": ((1, 0.5),)}) == ""
