@@ -103,8 +103,8 @@ def trigger_words(path: Path, name: str, words: str) -> str:
     phrases = {concept: " ".join(of) for concept, of in told.items()}
     if not phrases:
         warnings.warn(
-            f"{path.name} holds what was learned of the model's weights, without the tokens. The file of its name "
-            "without '_lora' has both.",
+            f"{path.name} holds what was learned of the model's weights, without the tokens. Take the export that "
+            "has both, or the concepts file itself.",
             Notice,
             stacklevel=2,
         )

@@ -45,7 +45,7 @@ def test_a_name_that_is_almost_right() -> None:
     [
         (["a photo of rex"], "rex is a plain word there. Write <rex> for what"),
         (["Rex, and a DOLL."], "rex and doll is a plain word there. Write <rex> and <doll> for"),
-        (["a star", "a photo of rex's ball"], 'prompt "a photo of rex\'s ball": rex is a plain'),
+        (["a star", "a photo of rex's ball"], 'prompt "a photo of rex\'s ball". rex is a plain'),
     ],
 )
 def test_a_concept_without_its_mark(prompts: list[str], says: str) -> None:
