@@ -167,6 +167,8 @@ OPTIONS = [
     (["generate", "--guidance", "inf"], "a number of at least 0"),
     (["masks", "--threshold", "1"], "a number between 0 and 1, or otsu"),
     (["refine", "--iterations", "1001"], "a whole number from 0 to 1000"),
+    (["refine", "--iterations", "-1"], "a whole number from 0 to 1000"),
+    (["refine", "--working-size", "0"], "a whole number greater than 0"),
     (["batch", "--retries", "-1"], "a whole number"),
 ]
 

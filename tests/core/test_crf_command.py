@@ -86,8 +86,6 @@ def test_backends_agree(scene: Path) -> None:
     (
         (("mask_none.png",), (), "No file"),
         (("mask_red.png", "mask_red.png"), (), "different names"),
-        (("mask_red.png",), ("--iterations", "-1"), "iterations"),
-        (("mask_red.png",), ("--working-size", "0"), "working_size"),
         (("mask_red.png",), ("--device", "nowhere"), "No device 'nowhere'"),
         (("broken.png",), (), "not a readable picture"),
     ),

@@ -131,7 +131,7 @@ def test_settings_are_changes_of_the_familys() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"stepps": 4}, "No setting stepps. Expected some of mode, steps"),
+        ({"stepps": 4}, r"No setting stepps\. Did you mean steps\? Expected some of mode, steps"),
         ({"masks": {"crff": None}}, r"No setting masks\.crff"),
         ({"steps": 0}, "Bad steps"),
         ({"steps": "many"}, "Bad settings"),
