@@ -206,7 +206,11 @@ def report(args: argparse.Namespace, batch: Batch, end: str, status: int) -> Non
     counts = Counter(entry.status or "not begun" for entry in batch.entries)
     parts = [f"{counts.pop(DONE, 0)} done", f"{counts.pop(FOUND, 0)} found again"]
     parts += [f"{count} {name}" for name, count in sorted(counts.items())]
-    say(args, f"{', '.join(parts)}. Index: {batch.folder.root / f'index{end}.csv'}")
+    line = f"{', '.join(parts)}. Index: {batch.folder.root / f'index{end}.csv'}"
+    if status:
+        sys.stdout.write(f"{line}\n")
+    else:
+        say(args, line)
     if batch.halted is not None:
         sys.stderr.write(f"Ended early. {batch.halted.error}\n")
     if status == TRY_AGAIN:

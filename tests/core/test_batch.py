@@ -99,7 +99,10 @@ def test_the_same_job_is_done_once(plain: tuple[Path, Path], capsys: Any) -> Non
     assert index["again"]["folder"] == index["job_0"]["folder"]
     assert len(list((out / "results").iterdir())) == 3
     before = {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
+    capsys.readouterr()
     assert batch(file, out) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["batch", str(file), "--out", str(out)]) == 0
     assert "0 done, 4 found again" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*")}
     no_leftovers(out)
