@@ -49,9 +49,9 @@ CLIPS = {
 }
 
 
-def unet(family: str) -> ModelPatcher:
-    """The family's UNet in fp16, as a checkpoint holds it."""
-    described = convert_config(COMMON | UNETS[family])
+def unet(family: str, **changes: Any) -> ModelPatcher:
+    """The family's UNet in fp16, as a checkpoint holds it; with changes, one of other depths."""
+    described = convert_config(COMMON | UNETS[family]) | changes
     kind = KINDS[family]
     extra = {name: described[name] for name in kind.unet_extra_config if name in described}
     prepared = kind(described)

@@ -1,0 +1,56 @@
+"""Write a checkpoint with random weights, as ComfyUI's own Save Checkpoint would name and lay them out.
+
+`write_checkpoint.py FAMILY FILE [small]`: FAMILY is sd1 or sdxl, and FILE a new file of safetensors in fp16.
+A small one has as little as Load Checkpoint still takes for the family: a UNet with the depth and the text
+width that it knows the family by, and a TAESD for the autoencoder. The text encoders are whole in both, since
+ComfyUI takes their sizes from the family and not from the file.
+"""
+
+import sys
+from typing import Any
+
+family, path, *small = sys.argv[1:]
+
+import full_size  # noqa: E402
+import torch  # noqa: E402
+from comfy.taesd.taesd import TAESD  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+SMALL: dict[str, dict[str, Any]] = {
+    "sd1": {"channel_mult": [1, 1], "num_res_blocks": [1, 1], "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1]},
+    "sdxl": {"channel_mult": [1, 1, 1], "transformer_depth_middle": 1,
+             "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1]},
+}  # fmt: skip
+
+
+def shapes() -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint by name, on the meta device."""
+    unet = full_size.unet(family, **(SMALL[family] if small else {})).model
+    with full_size.META:
+        vae = TAESD() if small else full_size.Autoencoder().first_stage_model
+    clip = full_size.clip(family).cond_stage_model
+    names = unet.model_config
+    return {
+        **names.process_unet_state_dict_for_saving(unet.diffusion_model.state_dict()),
+        **names.process_vae_state_dict_for_saving(vae.state_dict()),
+        **names.process_clip_state_dict_for_saving(clip.state_dict()),
+    }
+
+
+def filled(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random values that neither grow nor vanish from layer to layer."""
+    if "position_ids" in name:
+        return torch.arange(like.numel()).reshape(like.shape)
+    x = torch.randn(like.shape, generator=generator)
+    if like.ndim > 1:
+        return (x / like[0].numel() ** 0.5).half()
+    scale = like.ndim == 0 or ("norm" in name and name.endswith("weight"))
+    return (1.0 * scale + 0.02 * x).half()
+
+
+if __name__ == "__main__":
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: filled(name, like, generator) for name, like in shapes().items()}
+    save_file(weights, path)
+    print(len(weights), "tensors,", sum(w.nbytes for w in weights.values()) // 2**20, "MiB")
