@@ -17,8 +17,8 @@ from comfy.taesd.taesd import TAESD  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 SMALL: dict[str, dict[str, Any]] = {
-    "sd1": {"channel_mult": [1, 1], "num_res_blocks": [1, 1], "transformer_depth": [1, 1],
-            "transformer_depth_output": [1, 1, 1, 1]},
+    "sd1": {"channel_mult": [1, 1, 1], "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 1],
+            "transformer_depth_output": [0, 0, 1, 1, 1, 1]},
     "sdxl": {"channel_mult": [1, 1, 1], "transformer_depth_middle": 1,
              "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1]},
 }  # fmt: skip
