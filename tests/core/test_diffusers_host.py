@@ -277,7 +277,9 @@ def test_unknown_words_are_refused_with_those_that_are_known(host: DiffusersHost
         host.encode_prompts([ConceptPrompt.parse("a photo of zebra")], {})
 
 
-@pytest.mark.parametrize("words", ["\u0441\u043e\u0431\u0430\u043a\u0430", "\u72ac", "!!!", "star3"])
+@pytest.mark.parametrize(
+    "words", ["\u0441\u043e\u0431\u0430\u043a\u0430", "\u72ac", "!!!", "star3"]
+)
 def test_no_word_slips_through(host: DiffusersHost, words: str) -> None:
     """Neither other scripts nor signs that the demo model was never shown become vectors of 0."""
     with pytest.raises(UserError, match=r"does not know|never taught"):

@@ -51,6 +51,4 @@ def filled(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.T
 
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
-    weights = {name: filled(name, like, generator) for name, like in shapes().items()}
-    save_file(weights, path)
-    print(len(weights), "tensors,", sum(w.nbytes for w in weights.values()) // 2**20, "MiB")
+    save_file({name: filled(name, like, generator) for name, like in shapes().items()}, path)
