@@ -1,4 +1,4 @@
-"""What nodes say in a real browser: it stays on them, and so do errors.
+"""What nodes say in a real browser: it stays on them, and so do errors; and a run that is cancelled.
 
 As test_browser.py, it needs the extra `browser` and a Chromium.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from browsing import (
+    CANCEL,
     CANVASES,
     OPEN,
     OVERLAPS,
@@ -128,3 +129,32 @@ def test_a_picture_after_a_reload(page: Any, saved: Server) -> None:
     go(page, saved)
     wait_for_text(page, "Masks: rex")
     page.wait_for_function(f"() => document.querySelector('{TEXT} img')?.naturalWidth > 100")
+
+
+def test_cancel_and_go_on(page: Any, saved: Server) -> None:
+    """The Cancel button stops a run at once; queued again, it goes on from where it was."""
+    opened(page, LAYOUT)
+    page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 3000, "seed": 99}])
+    steps: list[int] = []
+    page.expose_function("keep_step", lambda step: steps.append(step))
+    page.evaluate(
+        "() => window.app.api.addEventListener('progress', e => e.detail.max === 3000 && keep_step(e.detail.value))"
+    )
+    press(page, RUN)
+    deadline = time.monotonic() + 240
+    while max(steps, default=0) < 5 and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    (queued,) = [job[1] for job in saved.get("/queue")["queue_running"]]
+    with page.expect_response(lambda answer: "/interrupt" in answer.url, timeout=60_000):
+        press(page, CANCEL)
+    asked = time.time()
+    messages = dict(saved.wait(queued, 60)["status"]["messages"])
+    assert messages["execution_interrupted"]["timestamp"] / 1000 - asked < 2
+    page.wait_for_timeout(500)
+    reached = max(steps)
+    steps.clear()
+    press(page, RUN)
+    while not steps and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    stop(saved)
+    assert steps[0] >= reached
