@@ -77,7 +77,7 @@ def train_lora(info: Info) -> Sheet:
             column(note, group("1  Picture and model", column(loaded, picture, sized))),
             group("2  Mask", column(found, mask)),
             group("3  Caption and mask", column(latent, caption, masked, others)),
-            group("4  Train", column(trained, seen), column(saved, losses)),
+            group("4  Train", column(seen, trained), column(saved, losses)),
         )
     )
     return sheet
