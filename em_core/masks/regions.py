@@ -23,6 +23,8 @@ SPOT = 0.35
 """Share of a map's maximum from which a spot in the background is a thing."""
 LEAST_CELLS = 2
 """Cells of the smallest region that a concept may be anchored in."""
+TOO_SMALL, BARRED = -20.0, -100.0
+"""Logarithm of the evidence in a region that is smaller, and in one that is left out."""
 TOLD = 0.75
 """Weight of what is told of a region, against the logarithm of a map's mean in it."""
 
@@ -176,15 +178,38 @@ def assigned(
     found: Float[Tensor, "k r"], members: Float[Tensor, "r h w"], alike: Sequence[Sequence[int]]
 ) -> Int[Tensor, " k"]:
     """The anchors where there are regions enough."""
-    cells = members.sum(dim=(1, 2))
-    score = found.clamp(min=1e-4).log().where(cells >= LEAST_CELLS, torch.tensor(-20.0))
-    chosen = torch.tensor(best_assignment(score))
+    chosen = torch.tensor(best_assignment(scores(found, members)))
     x, y = centroids(members)
     for group in alike:
         if len(group) > 1:
             mine = chosen[list(group)].tolist()
             chosen[list(group)] = torch.tensor(sorted(mine, key=lambda r: (x[r], y[r])))
     return chosen.to(found.device)
+
+
+def scores(found: Float[Tensor, "k r"], members: Float[Tensor, "r h w"]) -> Float[Tensor, "k r"]:
+    """Logarithm of the evidence, next to nothing in regions that are too small."""
+    large = members.sum(dim=(1, 2)) >= LEAST_CELLS
+    return found.clamp(min=1e-4).log().where(large, found.new_tensor(TOO_SMALL))
+
+
+def margin(
+    found: Float[Tensor, "k r"], members: Float[Tensor, "r h w"], alike: Sequence[Sequence[int]]
+) -> float:
+    """By how much the best assignment of regions surpasses the best of those in which some concept has a
+    region that neither it nor one that is alike had, in the logarithm; infinite if there is none."""
+    score = scores(found, members)
+    if score.shape[0] > score.shape[1]:
+        return float("inf")
+    chosen, others = best_assignment(score), []
+    rows = torch.arange(len(score))
+    best = score[rows, chosen].sum()
+    for concept, region in enumerate(chosen):
+        group = next((list(g) for g in alike if concept in g), [concept])
+        without = score.clone()
+        without[group, region] = BARRED
+        others.append(without[rows, best_assignment(without)].sum())
+    return float(best - torch.stack(others).max())
 
 
 @dataclass(frozen=True)

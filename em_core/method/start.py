@@ -10,7 +10,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..examples import stack_masks
 from ..masks.estimate import Estimate, masks_among, masks_from_maps
-from ..masks.regions import Regions, best_assignment, find_regions, with_spots
+from ..masks.regions import (
+    Regions,
+    best_assignment,
+    evidence,
+    find_regions,
+    margin,
+    with_spots,
+)
 from ..masks.resizing import resize
 from ..masks.settings import MaskSettings
 from ..masks.thresholds import min_max
@@ -21,6 +28,10 @@ from .maps import read_attention
 from .presence import naming, presence, who_is_there
 from .problem import Prepared, Problem
 from .state import PictureState, RunState
+
+CLEAR = 1.25
+"""By how much, in the logarithm of the evidence, the best way to give the concepts their regions must surpass
+all others for the model's error not to be asked."""
 
 
 def initialise(problem: Problem) -> RunState:
@@ -164,7 +175,8 @@ def masks_of_vectors(
             maps[list(group)] = min_max(maps[list(group)].mean(dim=0))
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
-    if regions is not None and generic_word and settings.naming_passes:
+    sharp = min_max(maps, settings.peak)
+    if regions is not None and generic_word and settings.naming_passes and in_doubt(sharp, regions):
         told = naming(
             host, prepared, vectors, generic_word, settings, regions.members, alike, generator
         )
@@ -180,6 +192,11 @@ def masks_of_vectors(
             among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
             estimate = among if among.believed(settings.guards)[there].all() else estimate
     return FirstMasks(maps, estimate, labels, None if regions is None else regions.told)
+
+
+def in_doubt(maps: Float[Tensor, "k _h _w"], regions: Regions) -> bool:
+    """Whether maps, scaled to 0..1, do not tell clearly which concept each region belongs to."""
+    return margin(evidence(maps, regions.members), regions.members, regions.alike) < CLEAR
 
 
 def only_alike(

@@ -16,6 +16,7 @@ from em_core.masks.regions import (
     divergence,
     evidence,
     find_regions,
+    margin,
     neighbours,
     placed,
     with_spots,
@@ -114,6 +115,25 @@ def test_anchors_are_the_best_of_all_assignments() -> None:
         )
         assert anchors(found, members, ()).tolist() == list(best)
     assert anchors(torch.rand(5, 4), members, ()) is None
+
+
+def test_margin_is_that_of_the_best_other_assignment() -> None:
+    members = Regions(STRIPES).members
+
+    def score(found: Tensor, p: tuple[int, ...]) -> float:
+        return float(sum(found[i, r].log() for i, r in enumerate(p)))
+
+    for seed in range(20):
+        found = torch.rand(3, 4, generator=seeded(seed)).clamp(min=0.01)
+        ranked = sorted(itertools.permutations(range(4), 3), key=lambda p: -score(found, p))
+        expected = score(found, ranked[0]) - score(found, ranked[1])
+        assert margin(found, members, ()) == pytest.approx(expected, abs=1e-4)
+        found[1] = found[0]  # alike: who of the two has which region is no other assignment
+        ranked = sorted(itertools.permutations(range(4), 3), key=lambda p: -score(found, p))
+        other = next(p for p in ranked if {*p[:2]} != {*ranked[0][:2]} or p[2] != ranked[0][2])
+        expected = score(found, ranked[0]) - score(found, other)
+        assert margin(found, members, [(0, 1)]) == pytest.approx(expected, abs=1e-4)
+    assert margin(torch.rand(5, 4), members, ()) == float("inf")
 
 
 def test_concepts_that_are_alike_stand_from_left_to_right() -> None:
