@@ -4,10 +4,8 @@ It works with any Stable Diffusion 1.x, 2.x or SDXL pipeline folder, and with a 
 checkpoint if diffusers can read it without a network.
 """
 
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,7 @@ from ..errors import UserError
 from ..exchange.triggers import RARE, Vocabulary
 from ..masks.resizing import Size
 from ..model.adapters import (
-    DIFF,
-    DOWN,
     TrainableParts,
-    differences_applied,
-    lora_applied,
     trainable_lora,
     trainable_weights,
 )
@@ -31,7 +25,7 @@ from ..model.frozen import freeze_layers
 from ..model.identity import ModelIdentity
 from ..model.layers import AttentionLayer
 from ..model.plans import loss_scale_for
-from ..model.protocol import Conditioning, TextStream
+from ..model.protocol import Conditioning
 from ..model.recording import AttentionRecorder
 from ..model.schedules import NoiseSchedule, VariancePreserving
 from ..model.visual import Act, Place, image_places, transformed
@@ -41,7 +35,15 @@ from ..runs.concept_set import ConceptSet
 from ..runs.visual_condition import VisualCondition
 from ..settings import WeightKind
 from .attention import SELF, attention_layers, record_attention
+from .drawing import draw, in_full_range
 from .fingerprint import fingerprint
+from .layers import (
+    adaptable_layers,
+    linear_layers,
+    named_weights,
+    weights_applied,
+    weights_of,
+)
 from .loading import (
     AS_READ,
     load_pipeline,
@@ -51,25 +53,7 @@ from .loading import (
     torch_device,
     words_of,
 )
-from .text import SD2_WIDTH, require_learned, require_same_places, text_encoders
-from .visual import looking
-
-PROJECTION = "text_projection.weight"
-ADAPTABLE = re.compile(r"attn.*\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
-KEYS_AND_VALUES = re.compile(r"attn2\.to_[kv]\.weight$")
-
-
-@contextmanager
-def in_full_range(vae: Any) -> Iterator[None]:
-    """Let a VAE that float16 is too narrow for compute in float32 while the context is open."""
-    narrow = vae.dtype == torch.float16 and vae.config.force_upcast
-    try:
-        if narrow:
-            vae.to(torch.float32)
-        yield
-    finally:
-        if narrow:
-            vae.to(torch.float16)
+from .text import SD2_WIDTH, encode_prompts, require_learned, text_encoders
 
 
 class DiffusersHost:
@@ -175,20 +159,10 @@ class DiffusersHost:
         Raises:
             UserError: a prompt has a word that the model does not know, or a concept without vectors.
         """
-        rows = []
         for prompt in prompts:
             require_learned(prompt, vectors)
             self.require_known(" ".join(part for part in prompt.parts if isinstance(part, str)))
-            rows.append([encoder.row(prompt, vectors) for encoder in self.encoders])
-            require_same_places(prompt, rows[-1])
-        encoded = [
-            encoder.encode(of_encoder, vectors)
-            for encoder, of_encoder in zip(self.encoders, zip(*rows, strict=True), strict=True)
-        ]
-        y, pooled = torch.cat([y for y, _ in encoded], dim=-1), encoded[-1][1]
-        columns, end = (tuple(row.columns for row, *_ in rows), tuple(row.end for row, *_ in rows))
-        inputs = {"y": y} if pooled is None else {"y": y, "pooled": pooled}
-        return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
+        return encode_prompts(self.encoders, prompts, vectors)
 
     def require_known(self, text: str) -> None:
         """Refuse text with words that the model does not know.
@@ -264,38 +238,21 @@ class DiffusersHost:
 
     def adaptable_layers(self) -> dict[str, nn.Linear]:
         """Map paths to the linear layers that a LoRA learns: the attention of UNet and text encoders."""
-        layers = self.linear_layers()
-        return {path: layer for path, layer in layers.items() if ADAPTABLE.search(path)}
+        return adaptable_layers(self.modules())
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Map paths to all linear layers, on which LoRAs of other programs may act."""
-        return {
-            f"{root}.{name}": layer
-            for root, module in self.modules()
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
+        return linear_layers(self.modules())
 
     def weights(self, kind: WeightKind) -> dict[str, nn.Parameter]:
         """Map paths to the keys and values of cross-attention, or to all weights but those of the token tables
         and of the projection to pooled text."""
-        named = self.named_weights()
-        if kind == "cross_attention":
-            return {name: weight for name, weight in named.items() if KEYS_AND_VALUES.search(name)}
-        tables = {id(encoder.table) for encoder in self.encoders}
-        return {
-            name: weight
-            for name, weight in named.items()
-            if id(weight) not in tables and not name.endswith(PROJECTION)
-        }
+        tables = [encoder.table for encoder in self.encoders]
+        return weights_of(kind, self.modules(), tables)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Map paths to all weights of the UNet and the text encoders."""
-        return {
-            f"{root}.{name}": weight
-            for root, module in self.modules()
-            for name, weight in module.named_parameters()
-        }
+        return named_weights(self.modules())
 
     def trainable(
         self,
@@ -326,20 +283,11 @@ class DiffusersHost:
         """Whether pictures are drawn away from zeros, not from the empty prompt; as SDXL's pipeline says."""
         return bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))
 
-    @contextmanager
-    def applied(self, weights: Mapping[str, Tensor], lora_scale: float) -> Iterator[None]:
-        lora = {
-            name: weight.to(self.device)
-            for name, weight in weights.items()
-            if not name.endswith(DIFF)
-        }
-        diffs = {name: weight for name, weight in weights.items() if name.endswith(DIFF)}
-        with ExitStack() as stack:
-            if any(name.endswith(DOWN) for name in lora):
-                stack.enter_context(lora_applied(self.linear_layers(), lora, lora_scale))
-            if diffs:
-                stack.enter_context(differences_applied(self.weights("full"), diffs))
-            yield
+    def applied(
+        self, weights: Mapping[str, Tensor], lora_scale: float
+    ) -> AbstractContextManager[None]:
+        full = self.weights("full")
+        return weights_applied(weights, lora_scale, self.device, self.linear_layers(), full)
 
     def generate(
         self,
@@ -378,7 +326,6 @@ class DiffusersHost:
         with self.applied(*(concepts.weights, concepts.lora_scale) if concepts else ({}, 1.0)):
             return self.draw(prompt, vectors, seeds, steps, guidance, size, use)
 
-    @torch.no_grad()
     def draw(
         self,
         prompt: ConceptPrompt,
@@ -390,25 +337,5 @@ class DiffusersHost:
         visual: VisualUse | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, with diffusers' own sampling loop and scheduler."""
-        conditioning = self.encode_prompts([ConceptPrompt(()), prompt], vectors)
-        encoded = conditioning.inputs
-        names = {"y": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-        given = {}
-        for kind, (empty, x) in encoded.items():
-            away = torch.zeros_like(empty) if self.zero_empty else empty
-            given[names[kind]] = torch.stack([x] * len(seeds)).to(self.dtype)
-            given[f"negative_{names[kind]}"] = torch.stack([away] * len(seeds)).to(self.dtype)
-        height, width = size or (self.image_side, self.image_side)
-        with looking(self, visual, conditioning, len(seeds)), warnings.catch_warnings():
-            # Of diffusers' own pipeline, about its own VAE in float16.
-            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
-            pictures = self.pipeline(
-                **given,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=height,
-                width=width,
-                output_type="pt",
-            ).images
-        return pictures.float()
+        shape = size or (self.image_side, self.image_side)
+        return draw(self, prompt, vectors, seeds, steps, guidance, shape, visual)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..model.protocol import Conditioning, TextStream
 from ..model.vectors import TableStatistics, spread_pieces
 from ..prompts import ConceptPrompt, ConceptVectors, not_learned
 
@@ -196,6 +197,28 @@ def in_chunks(groups: Iterable[Sequence[Piece]], room: int) -> list[list[Piece]]
             chunks.append([])
         chunks[-1] += rest
     return chunks
+
+
+def encode_prompts(
+    encoders: Sequence[TextEncoder], prompts: Sequence[ConceptPrompt], vectors: ConceptVectors
+) -> Conditioning:
+    """Encode prompts with all text encoders, whose outputs stand side by side.
+
+    Raises:
+        UserError: the encoders cut a prompt into different pieces.
+    """
+    rows = []
+    for prompt in prompts:
+        rows.append([encoder.row(prompt, vectors) for encoder in encoders])
+        require_same_places(prompt, rows[-1])
+    encoded = [
+        encoder.encode(of_encoder, vectors)
+        for encoder, of_encoder in zip(encoders, zip(*rows, strict=True), strict=True)
+    ]
+    y, pooled = torch.cat([y for y, _ in encoded], dim=-1), encoded[-1][1]
+    columns, end = (tuple(row.columns for row, *_ in rows), tuple(row.end for row, *_ in rows))
+    inputs = {"y": y} if pooled is None else {"y": y, "pooled": pooled}
+    return Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
 
 
 def require_learned(prompt: ConceptPrompt, vectors: ConceptVectors) -> None:

@@ -1,26 +1,21 @@
 """The protocol of em_core.model.protocol, implemented with ComfyUI's MODEL, CLIP and VAE."""
 
-import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy.patcher_extension import merge_nested_dicts
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...em_core.errors import UserError
 from ...em_core.exchange.lora import loadable
 from ...em_core.masks.resizing import Size
 from ...em_core.model.adapters import TrainableParts, trainable_lora, trainable_weights
 from ...em_core.model.identity import ModelIdentity
 from ...em_core.model.layers import AttentionLayer
-from ...em_core.model.protocol import Conditioning, TextStream
+from ...em_core.model.protocol import Conditioning
 from ...em_core.model.recording import AttentionRecorder
 from ...em_core.model.schedules import NoiseSchedule
 from ...em_core.model.vectors import TableStatistics
@@ -28,36 +23,22 @@ from ...em_core.model.visual import Act, Place, image_places, transformed
 from ...em_core.prompts import ConceptPrompt, ConceptVectors
 from ...em_core.settings import WeightKind
 from .attention import SELF, attention_layers, block_levels, record_attention
+from .calling import OVERRIDE, apply_model
 from .copies import private_copies, unload
-from .embeddings import require_embeddings, start_of_embedding
+from .drawing import draw
+from .embeddings import start_of_embedding
 from .families import GraphModels, noise_schedule, wrong_vae
 from .layers import adaptable_layers, crossing_weights, named_weights, taking_part
 from .patches import (
     OrdinaryTensors,
     core_attention,
-    guarded,
     patch_functions,
-    refusal,
     refusing,
     uncompiled,
     watching_gradients,
 )
-from .text import (
-    Tokens,
-    find_columns,
-    keep_saved,
-    pad_chunks,
-    pieces,
-    require_same_count,
-    results_stay,
-    token_table,
-    tokenize,
-    with_concepts,
-    word_vectors,
-)
-
-OVERRIDE = "optimized_attention_override"
-PARENTHESIS = re.compile(r"(?<!\\)([()])")  # of a description, where it is no weight
+from .prompt_encoding import encode_prompts
+from .text import pieces, token_table, word_vectors
 
 
 class ComfyHost:
@@ -147,59 +128,7 @@ class ComfyHost:
             UserError: a concept has no vectors.
         """
         self.load()
-        require_same_count(vectors)
-        tokenizer = with_concepts(self.clip.tokenizer, vectors, tuple(self.models.encoders))
-        texts = [prompt_text(prompt, vectors) for prompt in prompts]
-        require_embeddings(self.clip.tokenizer, self.models.encoders, set(texts))
-        tokens = {text: tokenize(tokenizer, text) for text in dict.fromkeys(texts)}
-        chunks = max(len(rows) for by_encoder in tokens.values() for rows in by_encoder.values())
-        places = [find_columns(of, tokenizer, vectors) for of in tokens.values()]
-        padded = [pad_chunks(of, tokenizer, chunks) for of in tokens.values()]
-        y, pooled = self.encode_texts(padded, chunks)
-        columns, end = zip(*places, strict=True)
-        inputs = {"y": y} | ({} if pooled is None else {"pooled": pooled})
-        distinct = Conditioning(inputs, {"text": TextStream(y.shape[1], columns, end)})
-        order = [list(tokens).index(text) for text in texts]
-        return distinct if order == list(range(len(y))) else distinct.rows(order)
-
-    def encode_texts(
-        self, texts: Sequence[Tokens], chunks: int
-    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"] | None]:
-        """Return the sequences and pooled vectors of texts of equally many chunks, encoded in one call.
-
-        ComfyUI reads the texts as one long text, of which it pools the first chunk alone; the other
-        texts' pooled vectors are taken from the encoder that pooled it.
-        """
-        rows: list[Tensor] = []
-        last = getattr(self.clip.cond_stage_model, list(self.models.encoders)[-1])
-        handle = last.register_forward_hook(lambda module, args, out: rows.append(out[1]))
-        try:
-            y, pooled = self.encode_tokens(
-                {key: [row for text in texts for row in text[key]] for key in texts[0]}
-            )
-        finally:
-            handle.remove()
-        y = rearrange(y, "1 (b t) d -> b t d", b=len(texts))
-        if pooled is None or len(texts) == 1:
-            return y, pooled
-        if rows and len(rows[-1]) >= len(texts) * chunks:
-            return y, rows[-1][: len(texts) * chunks : chunks].to(pooled)
-        one_by_one = [self.encode_tokens(text)[1] for text in texts]
-        return y, torch.cat([vector for vector in one_by_one if vector is not None])
-
-    def encode_tokens(self, tokens: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the encoded sequence [1, t, d] and the first chunk's pooled vector [1, d], as
-        CLIP.encode_from_tokens does."""
-        encoder = self.clip.cond_stage_model
-        encoder.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            encoder.set_clip_options({"layer": self.clip.layer_idx})
-        encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
-        keeping = keep_saved() if torch.is_grad_enabled() else nullcontext()
-        with keeping, results_stay(self.device):
-            y, pooled = encoder.encode_token_weights(tokens)[:2]
-        y = y.to(self.device).float()
-        return y, None if pooled is None else pooled.to(self.device).float()
+        return encode_prompts(self.clip, self.models.encoders, self.device, prompts, vectors)
 
     def predict(
         self, Z_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], conditioning: Conditioning
@@ -214,70 +143,10 @@ class ComfyHost:
         wide = sigma[:, None, None, None]
         root = (wide**2 + 1).sqrt()
         x = Z_t.float() * root
-        x_0 = self.apply(x, sigma, conditioning).float()
+        x_0 = apply_model(self, x, sigma, conditioning).float()
         if self.prediction == "epsilon":
             return (x - x_0) / wide
         return (x / root**2 - x_0) * root / wide
-
-    def apply(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Compute x_0 as ComfyUI's samplers do, through the wrappers and patches of other packs."""
-        options = self.model.model_options
-        given = {
-            "c_crossattn": conditioning.inputs["y"],
-            "transformer_options": self.transformer_options(sigma),
-        }
-        given |= self.size_conditioning(x, conditioning)
-        wrapper = options.get("model_function_wrapper")
-        run = self.model.model.apply_model
-        with refusing(self.model, self.learning, anything=True), self.expecting_unet():
-            if wrapper is None:
-                return run(x, sigma, **given)
-            return wrapper(run, {"input": x, "timestep": sigma, "c": given, "cond_or_uncond": [0]})
-
-    @contextmanager
-    def expecting_unet(self) -> Iterator[None]:
-        """Refuse a patch that runs another module in the UNet's place, or none at all.
-
-        Raises:
-            UserError: the UNet whose attention is recorded has not run.
-        """
-        ran = []
-        handle = self.unet.register_forward_pre_hook(lambda module, args: ran.append(True))
-        try:
-            yield
-        finally:
-            handle.remove()
-        if not ran:
-            raise refusal(self.model, "it runs something else in the UNet's place", self.learning)
-
-    def transformer_options(self, sigma: Tensor) -> dict[str, Any]:
-        """Return what the UNet's blocks are told: the graph's patches and what samplers add."""
-        options = dict(self.model.model_options["transformer_options"])
-        for kind in ("wrappers", "callbacks"):
-            registered = getattr(self.model, kind)
-            options[kind] = merge_nested_dicts(dict(options.get(kind, {})), registered)
-        added = {"cond_or_uncond": [0], "uuids": [uuid.UUID(int=0)], "sigmas": sigma}
-        options |= added | {"sample_sigmas": self.sigmas.flip(0)}
-        if self.learning:
-            options[OVERRIDE] = self.attention
-        seed = int(sigma.sum() * 1e6) if self.one_time else 0
-        return guarded(options, self.ordinary, seed)
-
-    def size_conditioning(self, x: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        """Return SDXL's vector of the pooled text and the picture's size; empty for other families."""
-        if self.models.family != "sdxl":
-            return {}
-        height, width = x.shape[-2] * self.models.factor, x.shape[-1] * self.models.factor
-        pooled = conditioning.inputs["pooled"]
-        if (height, width) not in self.sizes:
-            # ComfyUI builds it on the CPU, where the pooled vectors would be waited for in each step.
-            blank = torch.zeros(1, pooled.shape[1])
-            y = self.model.model.encode_adm(
-                pooled_output=blank, height=height, width=width, device=self.device
-            )
-            self.sizes[height, width] = y[:, pooled.shape[1] :].to(self.device)
-        of_size = self.sizes[height, width].expand(len(pooled), -1)
-        return {"y": torch.cat([pooled, of_size], dim=1)}
 
     def record_attention(
         self, recorder: AttentionRecorder
@@ -374,7 +243,6 @@ class ComfyHost:
             )
         return self._identity
 
-    @torch.no_grad()
     def draw(
         self,
         prompt: ConceptPrompt,
@@ -384,46 +252,7 @@ class ComfyHost:
         guidance: float = 5.0,
     ) -> Float[Tensor, "b 3 H W"]:
         """Draw pictures in 0..1, one per seed, with ComfyUI's Euler sampler."""
-        import comfy.sample
-
-        conds = [
-            self.sampler_conditioning(text, known)
-            for text, known in ((prompt, vectors), (ConceptPrompt(()), {}))
-        ]
-        side = self.image_side // self.models.factor
-        pictures = []
-        for seed in seeds:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(1, self.models.channels, side, side, generator=generator)
-            latent = comfy.sample.sample(
-                self.model, noise, steps, guidance, "euler", "normal", *conds, torch.zeros_like(noise),
-                disable_pbar=True, seed=seed,
-            )  # fmt: skip
-            self.loaded = False
-            pictures.append(rearrange(self.vae.decode(latent), "b h w c -> b c h w").clone())
-        return torch.cat(pictures)
-
-    def sampler_conditioning(self, prompt: ConceptPrompt, vectors: ConceptVectors) -> list:
-        """Return a CONDITIONING, as ComfyUI's samplers take it."""
-        encoded = self.encode_prompts([prompt], vectors)
-        return [[encoded.inputs["y"], {"pooled_output": encoded.inputs.get("pooled")}]]
-
-
-def prompt_text(prompt: ConceptPrompt, vectors: ConceptVectors) -> str:
-    """Return the prompt with its concepts written as `<name>`.
-
-    Raises:
-        UserError: a concept has no vectors.
-    """
-    missing = [name for name in prompt.names if name not in vectors]
-    if missing:
-        raise UserError(
-            f"Concept {', '.join(missing)} has not been learned. Known: {', '.join(vectors) or 'none'}."
-        )
-    return "".join(
-        PARENTHESIS.sub(r"\\\1", part) if isinstance(part, str) else f"<{part.name}>"
-        for part in prompt.parts
-    )
+        return draw(self, prompt, vectors, seeds, steps, guidance)
 
 
 @contextmanager
