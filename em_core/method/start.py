@@ -47,7 +47,7 @@ def initialise(problem: Problem) -> RunState:
     if not any(bool(picture.found.any()) for picture in pictures):
         raise UserError(
             f"None of {', '.join(c.name for c in problem.concepts)} was found in the pictures. Give "
-            "words that say what is to be seen, as in <rex:dog>, or paint masks and take mode given."
+            "words that say what is to be seen, as in <rex:dog>, or give masks of your own (mode 'given')."
         )
     phase = "em" if problem.has_em else "visual"
     return RunState(vectors, generator.get_state(), tuple(pictures), phase=phase)

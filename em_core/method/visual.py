@@ -94,7 +94,7 @@ def trainable_parts(
     if not names:
         raise UserError(
             "None of the concepts was found in any picture, so there is nothing to look at. Name them by other "
-            "words, or paint masks and take mode given."
+            "words, or give masks of your own (mode 'given')."
         )
     zero = settings is None or settings.zero_init
     values = state.weights or init_blocks(places, names, generator, zero)

@@ -128,7 +128,7 @@ function remember() {
 api.addEventListener("execution_success", remember)
 
 app.registerExtension({
-  name: "VisualConcepts.TextOnNodes",
+  name: "visualconcepts.TextOnNodes",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.python_module !== `custom_nodes.${FOLDER}`) return
     const { onExecuted, onConfigure } = nodeType.prototype
