@@ -99,7 +99,7 @@ def make_nan(file: Path) -> None:
     [
         (truncate, "not a complete safetensors file"),
         (make_pickle, "not a complete safetensors file"),
-        (make_other_kind, "is a kind 2 file"),
+        (make_other_kind, "Expected a kind 1 file"),
         (make_foreign, "some other safetensors file"),
         (make_nan, "not finite in a"),
         (Path.unlink, "No file"),

@@ -260,7 +260,8 @@ def late(host: DiffusersHost, example: Example) -> RunState:
     settings = replace(em_settings("sd-64"), steps=1, batch=1)
     problem = prepare(host, [example], settings, replace(JOINT, kind="lora"))
     state = run(problem, initialise(problem), stop=after(3))
-    return varied(state, torch.Generator().manual_seed(0))
+    told = tuple(replace(p, told=torch.zeros(len(p.maps), 5)) for p in state.pictures)
+    return varied(replace(state, pictures=told), torch.Generator().manual_seed(0))
 
 
 def test_every_field_of_a_state_survives_its_file(late: RunState, tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ def test_a_state_of_another_version(late: RunState, tmp_path: Path) -> None:
     file = StateFile(tmp_path / "s.safetensors", "key")
     file.save(late)
     rewrite(file.path, lambda tensors, plain: None, "visual-concepts run state 2")
-    with pytest.raises(UserError, match="is a visual-concepts run state 2 file"):
+    with pytest.raises(UserError, match=r"run state file of another version .* \(format 2, not 4\)"):
         file.load(torch.device("cpu"))
 
 

@@ -195,10 +195,10 @@ def test_a_file_holds_it_all(host: DiffusersHost, example: Example, tmp_path: Pa
     file = tmp_path / "condition.safetensors"
     condition.save(file)
     assert differences(condition, VisualCondition.load(file)) == []
-    with pytest.raises(UserError, match="a visual-concepts visual condition 1 file"):
+    with pytest.raises(UserError, match="is a visual condition file of Visual Concepts. Expected a concepts file"):
         ConceptSet.load(file)
     condition.concepts.save(file)
-    with pytest.raises(UserError, match="Expected a visual-concepts visual condition 1 file"):
+    with pytest.raises(UserError, match="Expected a visual condition file"):
         VisualCondition.load(file)
     replace(condition, blocks={}).save(file)
     with pytest.raises(UserError, match="incomplete"):

@@ -90,7 +90,7 @@ def learn_and_save(family: Family, info: Info) -> Sheet:
         row(
             column(note, group("1  Picture and model", column(loaded, picture))),
             group("2  Learn", column(example, masks, curves), learned),
-            column(group("3  Save", saved), group("If you like", settings)),
+            group("3  Save, and settings if you like", column(saved, settings)),
         )
     )
     return sheet
