@@ -224,5 +224,5 @@ def test_files_of_other_programs_load_as_concepts(server: Server) -> None:
     assert (found["embedding"] - found["own"]).abs().max() > 1e-4  # without the text encoder's LoRA
     b = Builder()
     b.add("TestDump", value=b.add("LoadConcepts", name="loras/tokens.safetensors"), name="x")
-    with pytest.raises(Failed, match="holds several concepts. Its trigger words are"):
+    with pytest.raises(Failed, match="holds several concepts"):
         server.run(b.graph)
