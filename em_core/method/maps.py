@@ -110,12 +110,12 @@ def read_attention(
     t = to_host(host.schedule.draw_times(passes, generator, *settings.timesteps), host)
     eps = like_noise(prepared.Z0, passes, generator)
     # In pairs, since halves are made of every other pass.
-    order_of = [(i // 2) % len(orders) for i in range(passes)]
+    order_of = torch.arange(passes) // 2 % len(orders)
     maps, affinity, seen = [], [], 0
     together = 1 if one_time(host) else passes_at_once(host, batch)
-    for index in torch.arange(passes).split(together):
-        of_each = conditioning.rows([order_of[i] for i in index.tolist()])
-        times, noise = t[index], eps[index]
+    parts = (x.split(together) for x in (order_of, t, eps))
+    for order, times, noise in zip(*parts, strict=True):
+        of_each = conditioning.rows(order.tolist())
         recorder = noisy_pass(host, prepared, of_each, wanted, times, noise, among)
         maps.append(mean_maps(recorder.maps, wanted, size)[:, :k])
         if recorder.affinity:

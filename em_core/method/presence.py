@@ -123,11 +123,11 @@ def squared_errors(
 ) -> Float[Tensor, "n h w"]:
     """Squared errors of the model's outputs, mean over channels, under prompts that take turns."""
     count, errors = len(next(iter(conditioning.streams.values())).columns), []
-    for index in torch.arange(len(t)).split(together):
-        times, noise = t[index], eps[index]
+    parts = (x.split(together) for x in (torch.arange(len(t)) % count, t, eps))
+    for order, times, noise in zip(*parts, strict=True):
         Z = Z0.expand_as(noise)
         Z_t = host.schedule.add_noise(Z, noise, times)
-        output = host.predict(Z_t, times, conditioning.rows((index % count).tolist()))
+        output = host.predict(Z_t, times, conditioning.rows(order.tolist()))
         wrong = output.float() - host.schedule.target(Z, noise, times)
         errors.append(wrong.square().mean(dim=1))
     return torch.cat(errors)

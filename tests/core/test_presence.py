@@ -16,7 +16,7 @@ from em_core.masks.guards import Guards
 from em_core.masks.measures import iou
 from em_core.masks.settings import MaskSettings
 from em_core.method.presence import naming, presence, who_is_there
-from em_core.method.problem import prepare_picture
+from em_core.method.problem import Prepared, prepare_picture
 from em_core.method.start import only_alike
 from em_core.model.protocol import Conditioning
 from em_core.prompts import ConceptPrompt, ConceptVectors
@@ -51,14 +51,22 @@ class WrongBy(ToyHost):
         return eps - self.Z0 + conditioning.inputs["offset"][:, :, None, None]
 
 
-@pytest.mark.parametrize("together", [1, 4, 10])
-def test_presence_is_the_difference_of_the_errors(together: int) -> None:
-    host = WrongBy(together)
-    prompt = ConceptPrompt.parse("a photo of <dog:red> and <cat:blue>")
+def looked_at(
+    host: WrongBy, text: str
+) -> tuple[Prepared, dict[str, dict[str, Tensor]], torch.Generator]:
+    """A random picture with a prompt, as the host sees it, and the vectors of the prompt's words."""
+    prompt = ConceptPrompt.parse(text)
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     prepared = prepare_picture(host, Example(picture, prompt), MaskSettings())
     host.Z0, generator = prepared.Z0, torch.Generator().manual_seed(1)
     vectors = {c.name: host.initial_vectors(c.words, 1, generator) for c in prompt.concepts}
+    return prepared, vectors, generator
+
+
+@pytest.mark.parametrize("together", [1, 4, 10])
+def test_presence_is_the_difference_of_the_errors(together: int) -> None:
+    host = WrongBy(together)
+    prepared, vectors, generator = looked_at(host, "a photo of <dog:red> and <cat:blue>")
     found = presence(host, prepared, vectors, "grey", 7, generator)
     dog, cat, thing = OFFSETS["red"], OFFSETS["blue"], OFFSETS["grey"]
     expected = [(thing + cat) ** 2 - (dog + cat) ** 2, (dog + thing) ** 2 - (dog + cat) ** 2]
@@ -86,11 +94,7 @@ class WrongBySide(WrongBy):
 def test_the_error_names_the_side_of_each_word(together: int) -> None:
     """<cat:blue> is right, <dog:red> left, and the generic word, which helps nowhere, in none."""
     host = WrongBySide(together)
-    prompt = ConceptPrompt.parse("a photo of <cat:blue>, <dog:red> and <it:grey>")
-    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prepared = prepare_picture(host, Example(picture, prompt), MaskSettings())
-    host.Z0, generator = prepared.Z0, torch.Generator().manual_seed(1)
-    vectors = {c.name: host.initial_vectors(c.words, 1, generator) for c in prompt.concepts}
+    prepared, vectors, generator = looked_at(host, "a photo of <cat:blue>, <dog:red> and <it:grey>")
     members = torch.zeros(2, 4, 4)
     members[0, :, :2], members[1, :, 2:] = 1, 1
     told = naming(host, prepared, vectors, "grey", MaskSettings(), members, (), generator)
