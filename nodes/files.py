@@ -220,8 +220,9 @@ class LoadConcepts(io.ComfyNode):
                     "words",
                     default="",
                     optional=True,
-                    tooltip="For a LoRA: its trigger words, as its page tells them. For an embedding: what it "
-                    "falls back to at strength 0, if anything.",
+                    tooltip="For a LoRA: its trigger words, as its page tells them; empty for one that Save "
+                    "Concepts wrote with a CLIP. For an embedding: what it falls back to at strength 0, if "
+                    "anything.",
                 ),
                 io.Model.Input(
                     "model",
