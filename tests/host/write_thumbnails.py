@@ -97,15 +97,16 @@ def chosen(
 
 
 def tile(pictures: list[Image.Image]) -> Image.Image:
-    """One square of up to four pictures; small ones are enlarged without blur."""
+    """One square of up to four pictures, two of them in its middle; small ones are enlarged without blur."""
     count = 1 if len(pictures) == 1 else 2
     side = SIDE // count
     canvas = Image.new("RGB", (SIDE, SIDE), "black")
+    above = side // 2 if len(pictures) == 2 else 0
     for index, picture in enumerate(pictures[: count**2]):
         scale = min(side / picture.width, side / picture.height)
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-        place = index % count * side, index // count * side
+        place = index % count * side, index // count * side + above
         middle = place[0] + (side - size[0]) // 2, place[1] + (side - size[1]) // 2
         canvas.paste(picture.resize(size, way), middle)
     return canvas
