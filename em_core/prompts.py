@@ -238,14 +238,20 @@ def require_apart(names: Iterable[str]) -> None:
             )
 
 
-def require_known(text: str, known: Iterable[str]) -> None:
+def require_known(text: str, known: Iterable[str], unlisted: Iterable[str] = ()) -> None:
     """Refuse words that a model was never shown.
+
+    Args:
+        text: a prompt without its concepts.
+        known: the words that the model was shown.
+        unlisted: words that it takes besides, such as trigger words, and that the message leaves out.
 
     Raises:
         UserError: `text` has such words; the message lists those that the model knows.
     """
     words = set(known)
-    unknown = [word for word in WORD.findall(text.lower()) if word not in words]
+    taken = words.union(unlisted)
+    unknown = [word for word in WORD.findall(text.lower()) if word not in taken]
     if unknown:
         meant = "".join(did_you_mean(word, words, "'{}'") for word in dict.fromkeys(unknown))
         raise UserError(

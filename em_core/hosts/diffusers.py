@@ -171,7 +171,7 @@ class DiffusersHost:
             UserError: the model knows only some words, and `text` has others.
         """
         if self.known_words is not None:
-            require_known(text, self.known_words | set(RARE))
+            require_known(text, self.known_words, RARE)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Return the text encoders' vocabularies, for trigger words."""

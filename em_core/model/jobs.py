@@ -40,7 +40,7 @@ class Work:
     def describe(self, family: str) -> str:
         """What is learned on which family, for people: `SDXL, LoRA`."""
         learned = KINDS[self.joint.kind] if self.visual is None else "visual condition"
-        return f"{FAMILIES.get(family, 'model')}, {learned}"
+        return f"{FAMILIES.get(family, 'This model')}, {learned}"
 
 
 def job_of(work: Work, anatomy: Anatomy, image_side: int) -> Job:

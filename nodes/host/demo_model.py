@@ -50,7 +50,7 @@ class DemoTokenizer(SD1Tokenizer):
             name = mark[1].partition(":")[0].strip()
             if name not in concepts:
                 refuse_unknown(mark[0], name, concepts)
-        require_known(NO_WORDS.sub(" ", text), self.known_words)
+        require_known(NO_WORDS.sub(" ", text), self.known_words, RARE)
         return super().tokenize_with_weights(text, *args, **kwargs)
 
 
@@ -159,7 +159,7 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
             super().__init__(device, dtype, options, clip_model=DemoClipModel)
 
     class Tokenizer(DemoTokenizer):
-        known_words = frozenset(words) | set(RARE)
+        known_words = frozenset(words)
 
         def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
             super().__init__(embedding_directory, tokenizer_data or {})

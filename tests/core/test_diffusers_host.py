@@ -273,8 +273,11 @@ def test_learned_weights_act_after_saving_as_they_did(
 
 
 def test_unknown_words_are_refused_with_those_that_are_known(host: DiffusersHost) -> None:
-    with pytest.raises(UserError, match=r"does not know the word 'zebra'. It knows: .*star"):
+    with pytest.raises(
+        UserError, match=r"does not know the word 'zebra'. It knows: a, an, and, black, .*star"
+    ):
         host.encode_prompts([ConceptPrompt.parse("a photo of zebra")], {})
+    host.encode_prompts([ConceptPrompt.parse("a photo of sks")], {})  # a trigger word is not listed
 
 
 @pytest.mark.parametrize(
