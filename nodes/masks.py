@@ -19,6 +19,7 @@ from .telling import on_node
 
 CRF_PRESETS = ["off", *PRESETS]
 MASKS = f"{CATEGORY}/masks"
+LEAST_SIDE = 256  # pixels of a picture to look at
 ITERATIONS = Number(
     "iterations per round",
     "How many mean-field updates to run, in each round if the preset has several.",
@@ -178,7 +179,7 @@ class CompareConceptMasks(io.ComfyNode):
                 io.Image.Output(
                     "overlay",
                     display_name="overlay",
-                    tooltip="One picture per pair that shows where the masks differ.",
+                    tooltip="One picture per pair that shows where the masks differ; small ones are enlarged.",
                 ),
             ],
         )
@@ -210,6 +211,11 @@ def compare(mask: Any, reference: Any) -> tuple[str, float, Tensor]:
 
 
 def difference_pictures(first: Tensor, second: Tensor) -> Tensor:
-    """Paint white what is in both masks, red what is only in the first, blue what is only in the second."""
+    """Paint white what is in both masks, red what is only in the first, blue what is only in the second.
+
+    Small masks are enlarged by a whole number: the editor shows pictures no larger than they are.
+    """
     both = first & second
-    return torch.stack([first.float(), both.float(), second.float()], dim=-1)
+    painted = torch.stack([first.float(), both.float(), second.float()], dim=-1)
+    times = max(1, LEAST_SIDE // max(first.shape[-2:]))
+    return painted.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)

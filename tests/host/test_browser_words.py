@@ -28,6 +28,9 @@ from shipped import FILES, read
 
 pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
 LAYOUT = next(file for file in FILES if file.name.startswith("05"))
+CUT = """of => [...document.querySelectorAll(of)]
+  .filter(e => e.scrollHeight > e.clientHeight + 2).map(e => e.textContent)"""
+"""Texts that have to be scrolled to be read."""
 FORMER = """text => {
   const node = window.app.graph.nodes.find(n => n.type === 'ConceptExample')
   node.properties.visual_concepts_text = text
@@ -53,6 +56,7 @@ def test_what_a_node_says_stays_on_it(page: Any, saved: Server, nodes: str, scen
     said = page.locator(TEXT).all_text_contents()
     assert any("%" in text for text in said), said
     page.wait_for_timeout(500)
+    assert page.evaluate(CUT, TEXT) == []
     assert page.evaluate(OVERLAPS) == []
     kept = page.evaluate("() => window.app.graph.serialize()")
     page.evaluate("() => window.app.graph.clear()")

@@ -11,8 +11,8 @@ export const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split
 const LINE = 17
 const LETTER = 5.8
 const MARGIN = 48
-const LEAST = 2
-const MOST = 9
+const MOST = 8
+const AROUND = 20
 const ROOM = 200
 
 function textElement() {
@@ -40,12 +40,13 @@ function heightOf(node, element) {
   const wrapped = element.textContent.split("\n").map((line) => Math.max(1, Math.ceil(line.length / across)))
   const lines = wrapped.reduce((sum, each) => sum + each, 0)
   const picture = element.querySelector("img") ? ROOM : 0
-  return Math.min(MOST, Math.max(LEAST, lines)) * LINE + 10 + picture
+  return Math.min(MOST, lines) * LINE + 10 + picture
 }
 
 function addText(node) {
   const element = textElement()
-  const height = () => heightOf(node, element)
+  // The editor takes a margin above and below from what a widget asks for.
+  const height = () => heightOf(node, element) + AROUND
   const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height }
   const widget = node.addDOMWidget(NAME, NAME, element, options)
   widget.serialize = false

@@ -28,10 +28,10 @@ PICTURES = {
 LEAST_PREVIEW, LEAST_SAVED = 266, 302
 """Heights below which Nodes 2.0 does not show a picture, without and with a file name's widget."""
 SAY = {
-    "LearnConcepts": 232, "LearnVisualCondition": 190, "SaveConcepts": 226, "LoadConcepts": 64,
+    "LearnConcepts": 232, "LearnVisualCondition": 210, "SaveConcepts": 226, "LoadConcepts": 72,
     "DiscoverConcepts": 110,
     "ExtractLatentMasks": 110, "CompareConceptMasks": 92, "SaveVisualCondition": 92,
-    "MaskTrainingConditioning": 66, "ConceptMaskByName": 50, "SaveConceptTrainingSet": 170,
+    "MaskTrainingConditioning": 72, "ConceptMaskByName": 54, "SaveConceptTrainingSet": 170,
     "EvaluateConcepts": 170,
 }  # fmt: skip
 """Room for what a node of this pack says when it has run."""
