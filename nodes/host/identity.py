@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import comfy
+import comfy.model_management as mm
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
+from torch import Tensor
 
 from ...em_core.examples import Example
 from ...em_core.prompts import ConceptPrompt
@@ -30,6 +32,15 @@ COMFYUI = Path(comfy.__path__[0]).parent
 LIBRARIES = frozenset({*INSTALLED, str(COMFYUI / "comfy"), str(COMFYUI / "comfy_api")})
 
 
+class InterruptibleDigest(Digest):
+    """A digest that ComfyUI's Cancel stops: reading a large checkpoint's weights takes seconds."""
+
+    def tensor(self, tensor: Tensor) -> None:
+        """Add a tensor, or raise ComfyUI's interrupt if the user asked to stop."""
+        mm.throw_exception_if_processing_interrupted()
+        super().tensor(tensor)
+
+
 def models_digest(models: GraphModels, examples: Sequence[Example]) -> str:
     """Return a digest of MODEL, CLIP and VAE with all that acts on them; it is the same after a restart.
 
@@ -41,7 +52,7 @@ def models_digest(models: GraphModels, examples: Sequence[Example]) -> str:
         UserError: the model does not know a word of a prompt.
     """
     model = models.model.model
-    digest = Digest(READERS, LIBRARIES, BOOKKEEPING)
+    digest = InterruptibleDigest(READERS, LIBRARIES, BOOKKEEPING)
     digest.add([models.family, models.model, models.clip, models.vae])
     # What the model predicts and its schedule, patched or its own.
     digest.add(models.model.get_model_object("model_sampling"))

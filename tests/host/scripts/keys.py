@@ -237,6 +237,17 @@ def check_what_cannot_be_read() -> None:
                 raise AssertionError("it was read")
 
 
+def check_cancel() -> None:
+    """Cancel stops it between two tensors, and is answered by that."""
+    mm.interrupt_current_processing()
+    try:
+        key()
+    except mm.InterruptProcessingException:
+        key()
+    else:
+        raise AssertionError("it was not stopped")
+
+
 with torch.inference_mode():
     MODEL, CLIP, VAE = reduced.unet("sd1"), reduced.clip("sd1"), reduced.vae()
     OTHER = reduced.unet("sd1")
@@ -244,6 +255,7 @@ with torch.inference_mode():
     check_changes()
     check_what_does_not_act()
     check_what_cannot_be_read()
+    check_cancel()
     for name in ("nothing", "v_prediction", "FreeU", "wrapper", "mask of attention"):
         sys.stdout.write(f"{name}: {changes()[name]()}\n")
 sys.stdout.write("keys are right\n")

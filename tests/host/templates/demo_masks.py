@@ -117,12 +117,12 @@ def em_beside_fixed(info: Info) -> Sheet:
         "Learns the same picture twice, with masks that are updated (EM) and masks that stay, and compares.",
     )
     note = sheet.note(
-        "Both runs learn two things of a kind from one picture, in which the prompt does not name a third. "
-        "*find and improve* finds the masks again while the words are learned (EM); *find once* keeps the "
-        "first ones, in which `<rex>` has the third thing too. White is right, red is too much, blue is "
-        "missing; the true masks are only compared with. The curves show the overlap with them (IoU), step "
-        "by step.\n\nWhere the first masks are right, as in most scenes, both ways end alike. Try other "
-        "seeds and kinds of *Demo Scene*: G and F are hard.",
+        "Both runs learn the two hearts of one picture; the box beside them is not in the prompt. *find and "
+        "improve* finds the masks again and again while the words are learned (EM); *find once* keeps the "
+        "first ones, in which `<rex>` has the box too. White is right, red is too much, blue is missing; the "
+        "true masks are only compared with. The curves show the overlap with them (IoU), step by step.\n\n"
+        "Where the first masks are right, as in most scenes, both ways end alike. Try other seeds and kinds "
+        "of *Demo Scene*: G and F are hard.",
         width=272,
     )
     model = sheet.add("LoadConceptDemoModel", width=240)
