@@ -94,7 +94,7 @@ def meaning(triggers: Triggers) -> str:
     """Return what the trigger words mean and a prompt that has them."""
     phrases = {name: " ".join(words) for name, words in triggers.items()}
     means = ", ".join(f"`{phrase}` means {name}" for name, phrase in phrases.items())
-    return f"{means}; write: a photo of {' and '.join(phrases.values())} on a beach"
+    return f"{means}; write: a photo of {' and '.join(phrases.values())} on sand"
 
 
 def for_comfyui(file: str, triggers: Triggers) -> str:
