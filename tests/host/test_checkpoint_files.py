@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from found import run_script
 from numpy.typing import NDArray
 from PIL import Image
@@ -77,54 +76,3 @@ def test_what_is_learned_and_saved_acts_alike_in_stock_nodes(loaded: tuple[Serve
     stock = drawn(server, graph(server, "18", family), PROMPT.format("sks"))
     words = drawn(server, graph(server, "10", family), PROMPT.format("dog"))
     assert np.abs(here - stock).mean() < 0.1 * np.abs(here - words).mean()
-
-
-def with_dumps(made: Graph, **watched: tuple[str, int]) -> Graph:
-    """A graph that also writes outputs of nodes to files: name -> a class that has one node, and its output."""
-    of = {node["class_type"]: name for name, node in made.items()}
-    dumps = {
-        name: {"class_type": "TestDump", "inputs": {"value": [of[kind], output], "name": name}}
-        for name, (kind, output) in watched.items()
-    }
-    return made | dumps
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
-def test_only_what_a_word_finds_is_drawn_anew(loaded: tuple[Server, str]) -> None:
-    """13: where no mask is, the latent that is drawn is that of the picture; elsewhere it is another."""
-    server, family = loaded
-    made = graph(server, "13", family)
-    watched = {"mask": ("GrowMask", 0), "before": ("VAEEncode", 0), "after": ("KSampler", 0)}
-    server.run(with_dumps(made, **watched), timeout=1800)
-    (mask,) = server.dumped("mask").values()
-    before, after = (server.dumped(name)["x/samples"] for name in ("before", "after"))
-    cells = torch.nn.functional.max_pool2d(mask[:, None], SIDE // before.shape[-1])[:, 0] > 0
-    assert 0 < cells.float().mean() < 1
-    moved = (after - before).abs().amax(dim=1)
-    assert moved[~cells].max() < 1e-5 < 0.1 < moved[mask_inside(mask, before.shape[-1])].min()
-
-
-def mask_inside(mask: torch.Tensor, side: int) -> torch.Tensor:
-    """The latent's cells that lie inside a mask as a whole."""
-    return -torch.nn.functional.max_pool2d(-mask[:, None], mask.shape[-1] // side)[:, 0] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loaded", ["sd1"], indirect=True)
-def test_what_is_discovered_is_learned(loaded: tuple[Server, str]) -> None:
-    """16: things from left to right, none on another; learned under the masks they were found with."""
-    server, family = loaded
-    made = graph(server, "16", family)
-    watched = {
-        "found": ("DiscoverConcepts", 1),
-        "count": ("DiscoverConcepts", 2),
-        "learned": ("LearnConcepts", 1),
-    }
-    server.run(with_dumps(made, **watched), timeout=1800)
-    (found,), (learned,) = (server.dumped(name).values() for name in ("found", "learned"))
-    assert len(found) == server.dumped("count")["x"].item()
-    assert found.sum(dim=0).max() == 1
-    centres = [mask.nonzero()[:, 1].float().mean().item() for mask in found]
-    assert centres == sorted(centres)
-    torch.testing.assert_close(learned, found)
