@@ -125,7 +125,7 @@ def test_where_masks_go(page: Any, saved: Server) -> None:
 def test_a_picture_after_a_reload(page: Any, saved: Server) -> None:
     """Text and picture of a finished node are there again when the page has been reloaded."""
     opened(page, LAYOUT)
-    page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 2, "seed": 4321}])
+    page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 2, "joint": "nothing", "seed": 4321}])
     page.evaluate(WITH_VALUES, ["KSampler", {"steps": 1}])
     run(page, saved)
     wait_for_text(page, "Masks: rex")
@@ -138,7 +138,7 @@ def test_a_picture_after_a_reload(page: Any, saved: Server) -> None:
 def test_cancel_and_go_on(page: Any, saved: Server) -> None:
     """The Cancel button stops a run at once; queued again, it goes on from where it was."""
     opened(page, LAYOUT)
-    page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 3000, "seed": 99}])
+    page.evaluate(WITH_VALUES, ["LearnConcepts", {"steps": 3000, "joint": "nothing", "seed": 99}])
     steps: list[int] = []
     page.expose_function("keep_step", lambda step: steps.append(step))
     page.evaluate(

@@ -134,7 +134,7 @@ def layout(info: Info) -> Sheet:
     example = sheet.add(
         "ConceptExample", width=272, image=picture["IMAGE"], prompt=picture["prompt"]
     )
-    learned = learn(sheet, model, example)
+    learned = learn(sheet, model, example, joint="LoRA")
     whole, half = (
         sheet.add(
             "SolidMask", title=title, width=240, value=value, widgets={"width": wide, "height": 64}
