@@ -67,7 +67,7 @@ MASKS = {
     "e_step_every": Number(
         "update masks every (steps)",
         "How many training steps pass between updates of the masks. Lower it to update them more often, which "
-        "takes longer.",
+        "takes longer. Once learning slows down, updates come less often.",
         1, 20000,
     ),
     "threshold": Number(

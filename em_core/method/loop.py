@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..masks.measures import areas, iou
+from ..settings import EMSettings
 from .e_step import e_step, with_free_statistics
 from .m_step import m_step
 from .optimizer import with_fitting_scale
@@ -28,6 +29,7 @@ class StepEvent:
         iou, area, change: concept -> value of its masks, mean over pictures; where `masks` is set.
         missing: concept -> numbers, from 1, of the pictures that name it and in which nothing was
             found that could be learned from; where `masks` is set.
+        doubtful: the same for masks whose concept the model saw nowhere at the start.
     """
 
     phase: str
@@ -39,6 +41,7 @@ class StepEvent:
     area: Mapping[str, float] = field(default_factory=dict)
     change: Mapping[str, float] = field(default_factory=dict)
     missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    doubtful: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def points(self) -> dict[str, float]:
         """Curve name -> this step's value."""
@@ -81,10 +84,22 @@ def em_step(problem: Problem, state: RunState, first: bool = False) -> Step:
     if settings.mode == "em":
         if settings.free_statistics:
             state = with_free_statistics(problem, state, drawn, maps)
-        if state.step % settings.e_step_every == 0 or state.step == settings.steps:
+        if e_step_due(settings, state.step):
             before, state = state, e_step(problem, state)
             event = measured(event, problem, state, before)
     return recorded(state, event)
+
+
+def e_step_due(settings: EMSettings, step: int) -> bool:
+    """Whether an E-step follows M-step number `step`: at the last, and after each `e_step_every` at the
+    full learning rate. Where rates fall, E-steps come as far apart as the tokens take to move as far."""
+    full, every = settings.decay_after or settings.steps, settings.e_step_every
+
+    def rounds(step: int) -> int:
+        # The sum of the rates, as shares of the full one: that of (full / i)^2 over the steps i after `full`.
+        return (step if step <= full else 2 * full - -(-full * full // step)) // every
+
+    return step == settings.steps or rounds(step) > rounds(step - 1)
 
 
 def recorded(state: RunState, event: StepEvent) -> Step:
@@ -125,19 +140,33 @@ def measured(
         area=mean_of(area),
         change=mean_of(change),
         missing=not_found(problem, state),
+        doubtful=not_seen(problem, state),
     )
 
 
 def not_found(problem: Problem, state: RunState) -> dict[str, tuple[int, ...]]:
     """Concept -> numbers, from 1, of the pictures that name it and in which it has no mask."""
-    missing: dict[str, tuple[int, ...]] = {}
-    for number, (prepared, picture) in enumerate(
-        zip(problem.pictures, state.pictures, strict=True), start=1
-    ):
-        for name, found in zip(prepared.names, picture.found.tolist(), strict=True):
-            if not found:
-                missing[name] = (*missing.get(name, ()), number)
-    return missing
+    return in_pictures(problem, [~picture.found for picture in state.pictures])
+
+
+def not_seen(problem: Problem, state: RunState) -> dict[str, tuple[int, ...]]:
+    """The same for those in which it has a mask, but the model saw it nowhere at the start."""
+    nothing = [
+        torch.zeros_like(p.found) if p.doubtful is None else p.doubtful for p in state.pictures
+    ]
+    return in_pictures(problem, [d & p.found for d, p in zip(nothing, state.pictures, strict=True)])
+
+
+def in_pictures(
+    problem: Problem, which: Sequence[Bool[Tensor, " k"]]
+) -> dict[str, tuple[int, ...]]:
+    """Concept -> numbers, from 1, of the pictures in which something holds of it."""
+    numbers: dict[str, tuple[int, ...]] = {}
+    for number, (prepared, holds) in enumerate(zip(problem.pictures, which, strict=True), start=1):
+        for name, so in zip(prepared.names, holds.tolist(), strict=True):
+            if so:
+                numbers[name] = (*numbers.get(name, ()), number)
+    return numbers
 
 
 def by_name(names: Sequence[str], values: Float[Tensor, " k"]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The EM loop and the joint phase on the demo model: what moves, what stays, which masks are taken."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from em_core.method.e_step import (
     without_taken,
 )
 from em_core.method.joint import learn_joint, prior_term
-from em_core.method.loop import Step, StepEvent, learn
+from em_core.method.loop import Step, StepEvent, e_step_due, learn
 from em_core.method.m_step import draw, draw_subset, forward_backward, m_step
 from em_core.method.maps import Reading, like_noise, noisy_pass, read_attention, with_rivals
-from em_core.method.optimizer import learnable
+from em_core.method.optimizer import learnable, rate_factor
 from em_core.method.problem import Problem, prepare
 from em_core.method.start import initialise, masks_of_vectors, start_vectors
 from em_core.method.state import PictureState, RunState, generator_at
@@ -254,6 +255,23 @@ def test_union_sampling_draws_every_ordered_subset(short: EMSettings) -> None:
     drawn = {draw_subset(("a", "b", "c"), sampled, g) for _ in range(400)}
     assert len(drawn) == 3 + 6 + 6
     assert draw_subset(("a", "b", "c"), replace(short, union_sampling=False), g) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("decay_after", "every"), [(None, 7), (40, 10), (30, 7), (5, 1), (300, 20)]
+)
+def test_e_steps_are_as_far_apart_as_learning(
+    short: EMSettings, decay_after: int | None, every: int
+) -> None:
+    """Between two E-steps the learning rates add up to as much as `e_step_every` full ones."""
+    settings = replace(short, steps=200, decay_after=decay_after, e_step_every=every)
+    due = [step for step in range(1, 201) if e_step_due(settings, step)]
+    rates = [rate_factor(step, decay_after) for step in range(200)]
+    learned = [sum(rates[a:b]) for a, b in pairwise([0, *due])]
+    assert due[-1] == 200
+    assert all(abs(between - every) < 1.1 for between in learned[:-1])
+    full = [step for step in range(1, 201) if step <= (decay_after or 200)]
+    assert [s for s in due[:-1] if s in full] == [s for s in full if s % every == 0 and s < 200]
 
 
 def test_every_step_draws_anew(host: DiffusersHost, example: Example, short: EMSettings) -> None:
