@@ -50,7 +50,7 @@ class EMSettings:
             (Break-a-Scene). Without masks on the loss, every sample has all of them, as its target does.
         flip: whether to mirror picture and masks at random (Break-a-Scene does; wrong for asymmetric
             subjects).
-        e_step_every: M-steps between E-steps (VCD: 1).
+        e_step_every: M-steps between E-steps at the full learning rate (VCD: 1); more where it has fallen.
         refresh: extra UNet passes per E-step; its other statistics come from the M-steps' own passes.
         free_statistics: whether E-steps also count the maps of the M-steps' own passes; False reads only
             those of the refresh.
@@ -217,6 +217,8 @@ class VisualSettings:
         disturb: whether a reference that is the picture itself is mirrored, moved and scaled, so that
             copying it is no solution (ViCo: no). With further pictures of a concept, another one is the
             reference.
+        reference_noise: standard deviation of the noise on a reference that is disturbed, whose values
+            are 0..1; 0 adds none.
         own_prompts: whether each half of classifier-free guidance sees the reference under its own prompt
             (ViCo), or both under the conditional one, which takes one pass instead of two.
     """
@@ -233,6 +235,7 @@ class VisualSettings:
     reference_gradient: bool = False
     end_of_text_weight: float = 0.0
     disturb: bool = True
+    reference_noise: float = 0.0
     own_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -243,7 +246,7 @@ class VisualSettings:
         rate_or_none = self.token_learning_rate
         fine = rate_or_none is None or is_rate(rate_or_none)
         require("learning rate of the tokens", rate_or_none, fine, f"{RATE}, or None")
-        for name in ("token_weight_decay", "end_of_text_weight"):
+        for name in ("token_weight_decay", "end_of_text_weight", "reference_noise"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         kinds = get_args(KeyMasks)
         require("key masks", self.key_masks, self.key_masks in kinds, f"one of {kinds}")

@@ -134,9 +134,12 @@ class ExtractLatentMasks(io.ComfyNode):
             host.release()
         with told_on_node() as told:
             for number, result in enumerate(results, start=1):
-                if result.missing:
-                    numbers = dict.fromkeys(result.missing, (number,))
-                    warn(say_missing(numbers, len(results)), Notice, stacklevel=2)
+                missing, doubtful = (
+                    dict.fromkeys(names, (number,)) for names in (result.missing, result.doubtful)
+                )
+                said = say_missing(missing, len(results), doubtful)
+                if said:
+                    warn(said, Notice, stacklevel=2)
         pairs = zip(pictures, results, strict=True)
         heat = torch.cat([heat_maps(picture, result.maps) for picture, result in pairs])
         found = [dict(zip(result.names, result.masks, strict=True)) for result in results]

@@ -155,7 +155,7 @@ class Progress:
 
     def __call__(self, event: StepEvent, state: RunState) -> None:
         """Update the bar for an event, and say once which concepts were not found."""
-        missing = say_missing(event.missing, len(state.pictures))
+        missing = say_missing(event.missing, len(state.pictures), event.doubtful)
         if event.masks and missing != self.said:
             self.said = missing
             self.write(missing or "All concepts are found now.")

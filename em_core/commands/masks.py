@@ -96,8 +96,10 @@ def run_command(args: argparse.Namespace) -> int:
         save_image(args.out / heat_file(name), to_image(glow[None]))
     save_image(args.out / OVERLAY, overlay(picture, found.masks))
     say(args, f"Masks: {say_masks([masks])}.", written(args.out, files))
-    if found.missing:
-        sys.stderr.write(say_missing(dict.fromkeys(found.missing, (1,)), 1) + "\n")
+    one = (1,)
+    said = say_missing(dict.fromkeys(found.missing, one), 1, dict.fromkeys(found.doubtful, one))
+    if said:
+        sys.stderr.write(said + "\n")
     return 0
 
 

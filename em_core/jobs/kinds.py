@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
+from ..errors import Notice
 from ..evaluate.album import Album
 from ..evaluate.encoders import CLIP_IMAGE, DINO, Instruments
 from ..evaluate.perceptual import Lpips
@@ -32,6 +34,7 @@ from ..settings import EMSettings
 from ..show.drawing import sheet
 from ..show.metrics import curves_of
 from ..show.plots import plot_curves
+from ..show.words import say_missing
 from .inputs import CONCEPTS, read_example
 from .job import Job
 from .keys import learning_settings, loading, mask_settings
@@ -91,7 +94,10 @@ def learn(work: Work) -> Found:
     store = RunStore(work.kept / "run")
 
     def learned_on(host: DiffusersHost, em: EMSettings) -> ConceptSet:
-        listeners = [lambda event, state: work.check()]
+        listeners = [
+            lambda event, state: work.check(),
+            lambda event, state: note(say_missing({}, len(state.pictures), event.doubtful)),
+        ]
         return learn_concepts(host, examples, em, joint, listeners=listeners, store=store, key=key)
 
     if work.planned:
@@ -164,7 +170,14 @@ def masks(work: Work) -> Found:
     known = [name for name in found.names if name in example.truth]
     overlaps = {name: round(float(iou(named[name], example.truth[name])), 4) for name in known}
     shares = {name: [round(float(areas(mask)), 4)] for name, mask in named.items()}
+    note(say_missing({}, 1, dict.fromkeys(found.doubtful, (1,))))
     return Found(overlaps, shares, {name: [1] for name in found.missing})
+
+
+def note(text: str) -> None:
+    """Tell something to whoever reads the index, unless there is nothing to tell."""
+    if text:
+        warn(text, Notice, stacklevel=2)
 
 
 def learned(work: Work) -> ConceptSet:

@@ -36,8 +36,8 @@ class MaskSettings:
             turn. A word's encoding holds what stands before it, and so do its maps. VCD reads the prompt
             as it is.
         naming_passes, naming_times: number of noises, and their range of t, by which the model's error
-            tells what each concept's region is, beside the maps: at least 2; 0 leaves it to the maps
-            (VCD).
+            tells what each concept's region is, beside the maps, and whether it is seen at all: at
+            least 2; 0 leaves it to the maps (VCD).
         presence_passes: number of noises by which the least present concepts are told, where some are
             not found at the start: at least 2; 0 leaves it to the maps (VCD).
         acceptance: how many times the present mask's agreement (correlation) with fresh maps and the

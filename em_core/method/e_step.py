@@ -109,6 +109,7 @@ def e_step_picture(
         found=(found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
         regions=picture.regions,
         told=picture.told,
+        doubtful=picture.doubtful,
         first=picture.first,
     )
 

@@ -158,7 +158,7 @@ def not_seen(problem: Problem, state: RunState) -> dict[str, tuple[int, ...]]:
 
 
 def in_pictures(
-    problem: Problem, which: Sequence[Bool[Tensor, " k"]]
+    problem: Problem, which: Sequence[Bool[Tensor, " _k"]]
 ) -> dict[str, tuple[int, ...]]:
     """Concept -> numbers, from 1, of the pictures in which something holds of it."""
     numbers: dict[str, tuple[int, ...]] = {}

@@ -9,7 +9,7 @@ in all, a missing thing from the others. It costs a pass for each name and each 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..masks.regions import evidence
@@ -53,7 +53,7 @@ def presence(
     return missed.mean(dim=(2, 3)).T.cpu()
 
 
-def naming(
+def missed_regions(
     host: DiffusionModel,
     prepared: Prepared,
     vectors: ConceptVectors,
@@ -62,28 +62,61 @@ def naming(
     members: Float[Tensor, "r h w"],
     alike: Sequence[Sequence[int]],
     generator: torch.Generator,
-) -> Float[Tensor, "k r"]:
+) -> Float[Tensor, "k n r"]:
+    """By how much the model's error grows in each region if a generic word takes a concept's place.
+
+    Args:
+        settings: of which the number of noises n, `naming_passes`, and their times count.
+        members: the picture's regions, 1 where a cell belongs to one.
+        alike: concepts whose vectors are the same, as indices; a generic word takes the place of all of
+            them at once, since any of them stands for the others.
+
+    Returns:
+        For each noise, the mean of what :func:`missed_words` gives in the region; 0 for vectors that are the
+        generic word's.
+    """
+    missed = missed_words(
+        host,
+        prepared,
+        vectors,
+        generic_word,
+        settings.naming_passes,
+        settings.naming_times,
+        generator,
+        alike=alike,
+    )
+    return torch.stack([evidence(of_concept, members) for of_concept in missed])
+
+
+def naming(missed: Float[Tensor, "k n r"]) -> Float[Tensor, "k r"]:
     """How much the model's error says that a region is what a concept's vectors stand for.
 
     Args:
-        members: the picture's regions, 1 where a cell belongs to one.
-        alike: concepts whose vectors are the same, as indices; they are told the same.
+        missed: what :func:`missed_regions` gives.
 
     Returns:
         -1 to 1; 1 in a concept's best region if the noises agree on it by two standard errors, and less
         if they do not; 0 everywhere for vectors that are the generic word's.
     """
-    passes = settings.naming_passes
-    missed = missed_words(
-        host, prepared, vectors, generic_word, passes, settings.naming_times, generator
-    )
-    by_region = torch.stack([evidence(of_concept, members) for of_concept in missed])
-    for group in alike:
-        by_region[list(group)] = by_region[list(group)].mean(dim=0)
-    mean, error = by_region.mean(dim=1), by_region.std(dim=1) / passes**0.5
+    mean, error = missed.mean(dim=1), missed.std(dim=1) / missed.shape[1] ** 0.5
     best, where = mean.max(dim=1, keepdim=True)
     sure = STANDARD_ERRORS * error.gather(1, where)
     return (mean / torch.maximum(best, sure).clamp(min=1e-12)).clamp(-1, 1)
+
+
+def unseen(missed: Float[Tensor, "k n r"], large: Bool[Tensor, " r"]) -> Bool[Tensor, " k"]:
+    """Which concepts the model sees no more of, in any region, than of any thing.
+
+    Args:
+        missed: what :func:`missed_regions` gives.
+        large: the regions that are no mere specks.
+
+    Returns:
+        On the CPU, True where the mean over the noises is in no region above 0; False for vectors that
+        are the generic word's, which say nothing.
+    """
+    seen = (missed[:, :, large].mean(dim=1) > 0).any(dim=1)
+    return (~seen & missed.flatten(1).any(dim=1)).cpu()
 
 
 @torch.no_grad()
@@ -96,21 +129,28 @@ def missed_words(
     times: tuple[float, float],
     generator: torch.Generator,
     batch: int = 10,
+    alike: Sequence[Sequence[int]] = (),
 ) -> Float[Tensor, "k n h w"]:
     """By how much the squared error of the model's output grows, at each pixel of the latents, if a
-    generic word stands in a concept's place: for each concept, under n noises that all share."""
-    conditionings = []
-    for name in (None, *prepared.names):
+    generic word stands in a concept's place: for each concept, under n noises that all share. Concepts
+    that are `alike` are replaced together, and have the same values."""
+    groups = {index: tuple(group) for group in alike for index in group}
+    replaced = [groups.get(index, (index,)) for index in range(len(prepared.names))]
+    conditionings = {}
+    for group in ((), *dict.fromkeys(replaced)):
         instead = dict(vectors)
-        if name is not None:
+        for name in (prepared.names[index] for index in group):
             count = len(next(iter(vectors[name].values())))
             instead[name] = host.initial_vectors(generic_word, count, generator)
-        conditionings.append(host.encode_prompts(prepared.example.prompt.orders(), instead))
+        conditionings[group] = host.encode_prompts(prepared.example.prompt.orders(), instead)
     t = to_host(host.schedule.draw_times(passes, generator, *times), host)
     eps = like_noise(prepared.Z0, passes, generator)
     together = 1 if one_time(host) else passes_at_once(host, batch)
-    errors = [squared_errors(host, prepared.Z0, t, eps, c, together) for c in conditionings]
-    return torch.stack(errors[1:]) - errors[0]
+    errors = {
+        group: squared_errors(host, prepared.Z0, t, eps, conditioning, together)
+        for group, conditioning in conditionings.items()
+    }
+    return torch.stack([errors[group] for group in replaced]) - errors[()]
 
 
 def squared_errors(

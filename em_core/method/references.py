@@ -65,6 +65,10 @@ class References:
     def disturbs(self) -> bool:
         return self.problem.visual is not None and self.problem.visual.disturb
 
+    @property
+    def noise(self) -> float:
+        return self.problem.visual.reference_noise if self.problem.visual else 0.0
+
     def view(self, choice: Choice, size: Size, itself: bool) -> View:
         """A reference at the size of the picture that looks at it.
 
@@ -88,8 +92,10 @@ class References:
         moves = [draw_move(masks, size, generator) for _ in range(VIEWS)] if disturbed else [Move()]
         views = []
         for move in moves:
-            picture = moved(picture_of(prepared), size, move, "reflection").clamp(0, 1)
-            Z0 = encode(host, picture.to(host.device))
+            picture = moved(picture_of(prepared), size, move, "reflection")
+            if disturbed:
+                picture = picture + self.noise * torch.randn(picture.shape, generator=generator)
+            Z0 = encode(host, picture.clamp(0, 1).to(host.device))
             places = visual_model(host).image_places((Z0.shape[-2], Z0.shape[-1]))
             under = moved(masks, size, move, "zeros").to(host.device)
             views.append(View(Z0, self.seen(number, under, places)))

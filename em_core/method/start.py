@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..examples import stack_masks
 from ..masks.estimate import Estimate, masks_among, masks_from_maps
 from ..masks.regions import (
+    LEAST_CELLS,
     Regions,
     best_assignment,
     evidence,
@@ -25,9 +26,9 @@ from ..model.layers import finest_size
 from ..model.protocol import DiffusionModel
 from ..prompts import ConceptPrompt, ConceptVectors
 from .maps import read_attention
-from .presence import naming, presence, who_is_there
+from .presence import missed_regions, naming, presence, unseen, who_is_there
 from .problem import Prepared, Problem
-from .state import PictureState, RunState
+from .state import PictureState, RunState, generator_at
 
 CLEAR = 1.25
 """By how much, in the logarithm of the evidence, the best way to give the concepts their regions must surpass
@@ -120,6 +121,7 @@ def first_masks(
         found=estimate.believed(settings.masks.guards),
         regions=found.regions,
         told=found.told,
+        doubtful=found.doubtful,
         first=found.maps,
     )
 
@@ -132,13 +134,16 @@ class FirstMasks:
         maps: [k, h, w] attention maps, each scaled to 0..1.
         estimate: the masks that they make.
         regions: [h, w] the picture's regions; None where they are not looked for.
-        told: [k, r] what the model's error says of them; None where it was not asked.
+        told: [k, r] what the model's error says of them; None where the maps are clear.
+        doubtful: [k] whether the model sees a concept nowhere in the picture, whatever its mask, see
+            :func:`em_core.method.presence.unseen`; on the CPU, False where it was not asked.
     """
 
     maps: Float[Tensor, "k _h _w"]
     estimate: Estimate
     regions: Int[Tensor, "_h _w"] | None
-    told: Float[Tensor, "k r"] | None = None
+    told: Float[Tensor, "k r"] | None
+    doubtful: Bool[Tensor, " k"]
 
 
 def masks_of_vectors(
@@ -159,7 +164,7 @@ def masks_of_vectors(
         alike: concepts whose vectors are the same, as indices in the prompt's order; they are given
             their regions from left to right.
         generic_word: a word that fits any thing, which the others are measured against where the
-            model's error is asked what a region is, or which concepts the picture shows; "" does not ask.
+            model's error is asked which concepts the picture shows, and where; "" does not ask.
     """
     passes, limit = settings.init_timesteps, settings.regions
     reading = read_attention(
@@ -175,12 +180,16 @@ def masks_of_vectors(
             maps[list(group)] = min_max(maps[list(group)].mean(dim=0))
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
-    sharp = min_max(maps, settings.peak)
-    if regions is not None and generic_word and settings.naming_passes and in_doubt(sharp, regions):
-        told = naming(
-            host, prepared, vectors, generic_word, settings, regions.members, alike, generator
+    doubtful = torch.zeros(len(maps), dtype=torch.bool)
+    if regions is not None and generic_word and settings.naming_passes:
+        unclear, members = in_doubt(min_max(maps, settings.peak), regions), regions.members
+        # Where maps are clear, what follows has the same random numbers as if nothing had been asked.
+        source = generator if unclear else generator_at(generator.get_state())
+        missed = missed_regions(
+            host, prepared, vectors, generic_word, settings, members, alike, source
         )
-        regions = replace(regions, told=told)
+        doubtful = unseen(missed, members.sum(dim=(1, 2)) >= LEAST_CELLS)
+        regions = replace(regions, told=naming(missed)) if unclear else regions
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
     missing = (~estimate.believed(settings.guards)).nonzero().flatten().tolist()
     if generic_word and settings.presence_passes and 0 < len(missing) < len(maps):
@@ -191,7 +200,8 @@ def masks_of_vectors(
         if there is not None and not only_alike(missing, there, alike):
             among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
             estimate = among if among.believed(settings.guards)[there].all() else estimate
-    return FirstMasks(maps, estimate, labels, None if regions is None else regions.told)
+    told = None if regions is None else regions.told
+    return FirstMasks(maps, estimate, labels, told, doubtful)
 
 
 def in_doubt(maps: Float[Tensor, "k _h _w"], regions: Regions) -> bool:

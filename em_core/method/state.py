@@ -27,7 +27,9 @@ class PictureState:
         found: [k] whether a concept has a mask worth learning under; on the CPU, since each step asks.
         regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
         told: [k, r] what the model's error says of the regions, see
-            :func:`em_core.method.presence.naming`; None where it was not asked.
+            :func:`em_core.method.presence.naming`; None where the first maps were clear.
+        doubtful: [k] whether the model saw a concept nowhere at the start, whatever its mask; on the CPU.
+            None without first masks.
         first: [k, h, w] the maps of the first masks, which no learning has touched; None without them.
     """
 
@@ -39,10 +41,13 @@ class PictureState:
     found: Bool[Tensor, " k"]
     regions: Int[Tensor, "_h _w"] | None = None
     told: Float[Tensor, "k r"] | None = None
+    doubtful: Bool[Tensor, " k"] | None = None
     first: Float[Tensor, "k h w"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "found", self.found.cpu())
+        if self.doubtful is not None:
+            object.__setattr__(self, "doubtful", self.doubtful.cpu())
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ class FoundMasks:
         masks: the masks [k, H, W] at the picture's size.
         maps: the attention maps [k, h, w] that the masks were made from, each scaled to 0..1.
         missing: the names of those that were not found: their masks are empty, tiny, or everything.
+        doubtful: the names of others that the model sees nowhere: their masks may show something else.
     """
 
     names: tuple[str, ...]
     masks: Bool[Tensor, "k H W"]
     maps: Float[Tensor, "k _h _w"]
     missing: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
 
 
 def find_masks(
@@ -129,9 +131,12 @@ def at_size_of(
     """What was found, with masks of the picture's size."""
     estimate, size = found.estimate, (picture.shape[-2], picture.shape[-1])
     masks = cut(resize(estimate.masks.float(), size, "mask"))
-    fine = estimate.believed(settings.guards).tolist()
-    missing = tuple(name for name, ok in zip(prompt.names, fine, strict=True) if not ok)
-    return FoundMasks(prompt.names, masks.cpu(), found.maps.cpu(), missing)
+    fine = estimate.believed(settings.guards).cpu()
+    missing, doubtful = (
+        tuple(name for name, so in zip(prompt.names, which.tolist(), strict=True) if so)
+        for which in (~fine, fine & found.doubtful)
+    )
+    return FoundMasks(prompt.names, masks.cpu(), found.maps.cpu(), missing, doubtful)
 
 
 def refine_masks(

@@ -13,7 +13,7 @@ from ..files import read_description, read_tensors, write_tensors
 from ..method.state import PictureState, RunState
 from .truth import without_iou
 
-KIND = "visual-concepts run state 4"
+KIND = "visual-concepts run state 5"
 Value = TypeVar("Value")
 TENSOR = "$tensor"  # no name of a concept, encoder or curve starts with "$"
 

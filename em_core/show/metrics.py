@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..method.loop import not_found
+from ..method.loop import not_found, not_seen
 from ..method.problem import Problem
 from ..method.state import Curves, RunState
 
@@ -26,7 +26,8 @@ def final_iou(curves: Curves) -> float | None:
 def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]:
     """Return the content of metrics.json; `iou` and `final_iou` are None without true masks.
 
-    `missing` names the concepts that have no mask, with the numbers of those pictures.
+    `missing` names the concepts that have no mask, with the numbers of those pictures, and `doubtful` those
+    that the model saw nowhere in pictures where they have one.
     """
     curves = state.curves
     found = curves_of(curves, "loss")
@@ -42,5 +43,6 @@ def metrics(problem: Problem, state: RunState, seconds: float) -> dict[str, Any]
         "final_iou": final_iou(curves),
         "area": curves_of(curves, "area"),
         "missing": not_found(problem, state),
+        "doubtful": not_seen(problem, state),
         "losses": found,
     }

@@ -9,18 +9,32 @@ from ..method.state import Curves
 from .metrics import curves_of
 from .trend import still_falls
 
+DOUBT = (
+    "what was found{} may be something else; look at its mask, and if that is wrong, name it by another "
+    "word, or paint a mask"
+)
 
-def say_missing(missing: Mapping[str, tuple[int, ...]], pictures: int) -> str:
-    """A line on concepts that were not found; empty if all were.
+
+def say_missing(
+    missing: Mapping[str, Sequence[int]],
+    pictures: int,
+    doubtful: Mapping[str, Sequence[int]] | None = None,
+) -> str:
+    """A line on concepts that were not found, or may not be what was found; empty if all is well.
 
     Args:
         missing: concept -> numbers, from 1, of the pictures in which it was not found.
         pictures: how many there are.
+        doubtful: the same for those whose mask may show something else.
     """
     lines = []
-    for name, numbers in missing.items():
-        where = f" in picture {', '.join(map(str, numbers))}" if pictures > 1 else ""
-        lines.append(f"{name}: nothing found{where}; name it by another word, or paint a mask")
+    for concepts, what in (
+        (missing, "nothing found{}; name it by another word, or paint a mask"),
+        (doubtful or {}, DOUBT),
+    ):
+        for name, numbers in concepts.items():
+            where = f" in picture {', '.join(map(str, numbers))}" if pictures > 1 else ""
+            lines.append(f"{name}: {what.format(where)}")
     return ". ".join(lines)
 
 

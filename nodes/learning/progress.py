@@ -33,7 +33,7 @@ PHASES = {
 @dataclass
 class NodeProgress:
     """A listener that advances the node's bar each step, shows all pictures under their masks at most twice
-    a second and for at most a fiftieth of the time, and tells which concepts were not found.
+    a second and for at most a fiftieth of the time, and tells which concepts were not found, or are doubtful.
 
     Attributes:
         examples: of the run.
@@ -64,7 +64,7 @@ class NodeProgress:
         """Show an event, and raise ComfyUI's interrupt if the user asked to stop."""
         if event.phase == "start":
             logging.info("Learning has begun: the first masks are there.")
-        missing = say_missing(event.missing, len(state.pictures))
+        missing = say_missing(event.missing, len(state.pictures), event.doubtful)
         if event.masks and missing != self.said:
             self.said = missing
             warnings.warn(missing or "All concepts are found now.", Notice, stacklevel=2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from em_core.hosts.diffusers import DiffusersHost
 from em_core.masks.guards import Guards
 from em_core.masks.measures import iou
 from em_core.masks.settings import MaskSettings
-from em_core.method.presence import naming, presence, who_is_there
-from em_core.method.problem import Prepared, prepare_picture
-from em_core.method.start import only_alike
+from em_core.method.loop import learn
+from em_core.method.presence import missed_regions, naming, presence, unseen, who_is_there
+from em_core.method.problem import Prepared, prepare, prepare_picture
+from em_core.method.start import initialise, only_alike
 from em_core.model.protocol import Conditioning
+from em_core.presets import em_settings
 from em_core.prompts import ConceptPrompt, ConceptVectors
 from em_core.runs.finding import find_masks
+from em_core.settings import EMSettings
+from em_core.show.words import say_missing
 
 OFFSETS = {"red": 0.1, "blue": 0.6, "grey": 0.4}
 
@@ -97,13 +102,65 @@ def test_the_error_names_the_side_of_each_word(together: int) -> None:
     prepared, vectors, generator = looked_at(host, "a photo of <cat:blue>, <dog:red> and <it:grey>")
     members = torch.zeros(2, 4, 4)
     members[0, :, :2], members[1, :, 2:] = 1, 1
-    told = naming(host, prepared, vectors, "grey", MaskSettings(), members, (), generator)
+    asked = partial(missed_regions, host, prepared, vectors, "grey", MaskSettings(), members)
+    told = naming(asked((), generator))
     expected = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     torch.testing.assert_close(told, expected, atol=1e-3, rtol=0)
-    alike = naming(host, prepared, vectors, "grey", MaskSettings(), members, [(0, 1)], generator)
+    alike = naming(asked([(0, 1)], generator))
     torch.testing.assert_close(
         alike, torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), atol=1e-3, rtol=0
     )
+
+
+def test_concepts_of_one_word_are_asked_for_together() -> None:
+    """Either <red> keeps the model right; that they are left shows only without both."""
+    host = WrongBySide(4)
+    prepared, vectors, generator = looked_at(host, "a photo of <a:red>, <b:red> and <it:grey>")
+    members = torch.zeros(2, 4, 4)
+    members[0, :, :2], members[1, :, 2:] = 1, 1
+    told = naming(
+        missed_regions(
+            host, prepared, vectors, "grey", MaskSettings(), members, [(0, 1)], generator
+        )
+    )
+    expected = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(told, expected, atol=1e-3, rtol=0)
+
+
+def test_unseen_is_what_no_large_region_is_better_for() -> None:
+    """Means by hand; the third region is a speck, and the last concept's vectors are the generic word's."""
+    means = torch.tensor([[-0.1, 0.0, 9.0], [-0.1, 0.1, 0.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]])
+    missed = means[:, None, :] + torch.tensor([-1.0, 1.0])[None, :, None]
+    missed[3] = 0
+    assert unseen(missed, torch.tensor([True, True, False])).tolist() == [True, False, True, False]
+    assert unseen(missed, torch.tensor([True, True, True])).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_the_question_changes_no_later_random_number_where_maps_are_clear(
+    host: DiffusersHost, monkeypatch: pytest.MonkeyPatch, clear: bool
+) -> None:
+    monkeypatch.setattr("em_core.method.start.in_doubt", lambda *_: not clear)
+    example = example_of(concept_scene(160, "A").only)
+    settings = replace(em_settings(host.identity().family).masks, naming_passes=2)
+    states = []
+    for masks in (settings, replace(settings, naming_passes=0)):
+        problem = prepare(host, [example], EMSettings(generic_word="thing", masks=masks))
+        states.append(initialise(problem).generator)
+    assert torch.equal(*states) is clear
+
+
+def test_a_doubtful_mask_is_said_and_still_learned_under(host: DiffusersHost) -> None:
+    """A star that is not there takes another thing, and the model's error says so."""
+    picture = concept_scene(160, "A").only
+    example = example_of(replace(picture, prompt="a photo of <none:circle>"))
+    found = find_masks(host, example.picture, example.prompt)
+    assert found.doubtful == ("none",) and not found.missing
+    settings = replace(em_settings(host.identity().family), steps=1)
+    problem = prepare(host, [example], settings)
+    events = [event for event, _ in learn(problem, initialise(problem))]
+    assert events[0].doubtful == {"none": (1,)} == events[-1].doubtful
+    assert "may be something else" in say_missing({}, 1, events[0].doubtful)
 
 
 def noises(*means: float, spread: float = 0.01) -> Tensor:

@@ -326,7 +326,7 @@ def test_a_state_of_another_version(late: RunState, tmp_path: Path) -> None:
     file.save(late)
     rewrite(file.path, lambda tensors, plain: None, "visual-concepts run state 2")
     with pytest.raises(
-        UserError, match=r"run state file of another version .* \(format 2, not 4\)"
+        UserError, match=r"run state file of another version .* \(format 2, not 5\)"
     ):
         file.load(torch.device("cpu"))
 

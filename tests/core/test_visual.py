@@ -348,3 +348,28 @@ def test_generators_are_left_alone(
     parts = parts_of(problem)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert generator_at(parts[1].generator).get_state().equal(parts[1].generator)
+
+
+def test_noise_is_on_disturbed_references_alone(
+    host: DiffusersHost, example: Example, brief: EMSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture that looks at itself sees noise of the given strength; another one looks at it as it is."""
+    pale = replace(example, picture=0.4 + 0.2 * example.picture)
+    seen: list[torch.Tensor] = []
+
+    def encode(host: DiffusersHost, picture: torch.Tensor) -> torch.Tensor:
+        seen.append(picture)
+        return host.encode_image(picture[None] * 2 - 1)
+
+    monkeypatch.setattr("em_core.method.references.encode", encode)
+    for itself in (True, False):
+        views = []
+        for noise in (0.0, 0.05):
+            problem = prepare(host, [pale], brief, None, VisualSettings(reference_noise=noise))
+            state = initialise(replace(problem, settings=replace(brief, mode="none")))
+            references = References(problem, state.pictures, [p.names for p in problem.pictures])
+            seen.clear()
+            references.view((0, 0), (64, 64), itself)
+            views.append(torch.stack(seen))
+        noises = views[1] - views[0]
+        assert noises.std().item() == pytest.approx(0.05 if itself else 0.0, rel=0.05)
