@@ -40,7 +40,7 @@ def joint_settings(family: str, kind: WeightKind = "none") -> JointSettings:
     """
     if family != DEMO_FAMILY:
         return JointSettings(kind)
-    rate = 1e-3 if kind == "lora" else 1e-4
+    rate = 1e-3 if kind == "lora" else 3e-4
     return JointSettings(
         kind,
         steps=100,
