@@ -164,32 +164,39 @@ def share(flags: Sequence[bool]) -> str:
     return f"{np.mean(flags):.1%} ({sum(flags)} / {len(flags)})" if flags else ""
 
 
-def reported(rows: list[Row], arm: str) -> list[bool]:
+def told_of(row: Row) -> list[str]:
+    """The names that a run says are missing, or doubtful."""
+    return [*row["missing"], *row["doubtful"]]
+
+
+def reported(rows: list[Row], arm: str, what: Callable[[Row], list[str]]) -> list[bool]:
     """Of runs that name something absent, whether they said so."""
-    return ["absent" in row["missing"] for row in rows if row["arm"] == arm]
+    return ["absent" in what(row) for row in rows if row["arm"] == arm]
 
 
-def false_alarms(rows: list[Row], arm: str, at: int | None = None) -> list[bool]:
-    """Of concepts that the pictures of A to F show, whether a run said that they are missing."""
+def accused(rows: list[Row], arm: str, what: Callable[[Row], list[str]]) -> list[bool]:
+    """Of concepts that the pictures of A to F show, whether a run said so of them."""
     found = [row for row in rows if row["arm"] == arm and row["case"] in (*"ABCDEF", "absent")]
-    return [
-        name in (row["missing"] if at is None else row["missing"][at])
-        for row in found
-        for name in row["names"]
-        if name != "absent"
-    ]
+    return [name in what(row) for row in found for name in row["names"] if name != "absent"]
 
 
 def absence(rows: list[Row]) -> list[str]:
-    """What is said to be missing, rightly and wrongly."""
-    lines = [
-        ("an absent thing is named alone: reported", share(reported(rows, "alone"))),
-        ("it is named after all that is there: reported", share(reported(rows, "added"))),
-        ("false alarms there", share(false_alarms(rows, "added"))),
-        ("false alarms on A to F, at the start", share(false_alarms(rows, "em", 0))),
-        ("false alarms on A to F, in the end", share(false_alarms(rows, "em", -1))),
-    ]
-    return markdown(("what", "share"), lines)
+    """What is said to be missing or doubtful, rightly and wrongly."""
+    kinds: tuple[Callable[[Row], list[str]], ...] = (
+        lambda row: list(row["missing"]),
+        lambda row: list(row["doubtful"]),
+        told_of,
+    )
+    asked = (
+        ("an absent thing, named alone", reported, "alone"),
+        ("an absent thing, named after all that is there", reported, "added"),
+        ("the things that are there, beside it", accused, "added"),
+        ("the things of A to F, under their own prompts", accused, "present"),
+    )
+    lines = [(text, *(share(of(rows, arm, kind)) for kind in kinds)) for text, of, arm in asked]
+    ends = share(accused(rows, "em", lambda row: list(row["missing"][-1])))
+    lines.append(("the same, at the end of EM", ends, "", ""))
+    return markdown(("what", "missing", "doubtful", "either"), lines)
 
 
 def aims(rows: list[Row]) -> list[str]:
@@ -217,12 +224,12 @@ def aims(rows: list[Row]) -> list[str]:
     found = gain(rows, "read_once", "CDEFGHI")
     add("EM over read once", "C to I", "> 0", shown(found, "+"), found[0] > 0)
     for way in ("alone", "added"):
-        told = reported(rows, way)
+        told = reported(rows, way, told_of)
         well = bool(told) and bool(np.mean(told) >= REPORTED)
-        add("absent thing reported", way, f">= {REPORTED:.0%}", share(told), well)
-    alarms = false_alarms(rows, "em", 0)
+        add("absent thing missing or doubtful", way, f">= {REPORTED:.0%}", share(told), well)
+    alarms = accused(rows, "present", lambda row: list(row["missing"]))
     well = bool(alarms) and bool(np.mean(alarms) <= FALSE)
-    add("false alarms", "A to F", f"<= {FALSE:.0%}", share(alarms), well)
+    add("missing, falsely", "A to F", f"<= {FALSE:.0%}", share(alarms), well)
     discovered(rows, add)
     return markdown(("aim", "case", "aimed at", "found", "reached"), lines)
 

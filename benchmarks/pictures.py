@@ -111,6 +111,7 @@ VISUAL: dict[str, Arm] = {
     "visual_not_gated": Arm(visual="ours", visual_changes={"gated": False}),
     "visual_tokens_too": Arm(visual="ours", visual_changes={"token_learning_rate": 1e-3}),
     "visual_not_disturbed": Arm(visual="ours", visual_changes={"disturb": False}),
+    "visual_noise": Arm(visual="ours", visual_changes={"reference_noise": 0.05}),
     "visual_half": Arm(visual="ours", strength=0.5),
 }
 OTHERS: dict[str, Arm] = {
