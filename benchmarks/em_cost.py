@@ -70,7 +70,7 @@ def main() -> None:
             f"| {statistics.mean(ratios):.3f} | {ratios[-1]:.3f} |"
         )
     text = "\n".join(lines) + "\n"
-    (RESULTS / "em_cost.md").write_text("# The price of the E-step\n\n" + text)
+    (RESULTS / "em_cost.md").write_text("# The price of EM\n\n" + text)
     (RESULTS / "em_cost.json").write_text(json.dumps(rows) + "\n")
     print(text)
 
