@@ -20,7 +20,7 @@ from ..em_core.presets import em_settings
 from ..em_core.prompts import ConceptPrompt, require_no_weights
 from ..em_core.runs.concept_set import ConceptSet
 from ..em_core.runs.finding import find_masks
-from ..em_core.show.words import say_masks, say_missing
+from ..em_core.show.words import say_found, say_masks
 from .automatic import AUTOMATIC, advanced_inputs, checked, read, why_not
 from .host.application import require_same_family
 from .host.comfy_host import ComfyHost
@@ -134,10 +134,7 @@ class ExtractLatentMasks(io.ComfyNode):
             host.release()
         with told_on_node() as told:
             for number, result in enumerate(results, start=1):
-                missing, doubtful = (
-                    dict.fromkeys(names, (number,)) for names in (result.missing, result.doubtful)
-                )
-                said = say_missing(missing, len(results), doubtful)
+                said = say_found(result, number, len(results))
                 if said:
                     warn(said, Notice, stacklevel=2)
         pairs = zip(pictures, results, strict=True)

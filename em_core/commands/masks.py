@@ -15,7 +15,7 @@ from ..prompts import ConceptPrompt, not_learned, require_use
 from ..runs.concept_set import ConceptSet
 from ..runs.finding import find_masks
 from ..show.drawing import overlay
-from ..show.words import say_masks, say_missing
+from ..show.words import say_found, say_masks
 from . import options
 from .common import add_any_weights, add_model, load_host, require_folder
 from .writing import add_output_options, require_new, say, written
@@ -96,8 +96,7 @@ def run_command(args: argparse.Namespace) -> int:
         save_image(args.out / heat_file(name), to_image(glow[None]))
     save_image(args.out / OVERLAY, overlay(picture, found.masks))
     say(args, f"Masks: {say_masks([masks])}.", written(args.out, files))
-    one = (1,)
-    said = say_missing(dict.fromkeys(found.missing, one), 1, dict.fromkeys(found.doubtful, one))
+    said = say_found(found)
     if said:
         sys.stderr.write(said + "\n")
     return 0

@@ -6,6 +6,7 @@ from ..examples import NamedMasks
 from ..masks.guards import Guards
 from ..masks.measures import areas
 from ..method.state import Curves
+from ..runs.finding import FoundMasks
 from .metrics import curves_of
 from .trend import still_falls
 
@@ -36,6 +37,14 @@ def say_missing(
             where = f" in picture {', '.join(map(str, numbers))}" if pictures > 1 else ""
             lines.append(f"{name}: {what.format(where)}")
     return ". ".join(lines)
+
+
+def say_found(found: FoundMasks, number: int = 1, pictures: int = 1) -> str:
+    """The same line on what was found without learning in picture `number`, from 1, of several."""
+    missing, doubtful = (
+        dict.fromkeys(names, (number,)) for names in (found.missing, found.doubtful)
+    )
+    return say_missing(missing, pictures, doubtful)
 
 
 def say_masks(pictures: Sequence[NamedMasks]) -> str:
