@@ -109,6 +109,10 @@ class ConceptPrompt:
         """Return the prompt with each concept replaced by its initial words."""
         return "".join(part if isinstance(part, str) else part.words for part in self.parts)
 
+    def bare(self) -> "ConceptPrompt":
+        """Return the prompt with its concepts left out, such as `a photo of  and  on sand`."""
+        return ConceptPrompt(("".join(part for part in self.parts if isinstance(part, str)),))
+
     def orders(self) -> tuple["ConceptPrompt", ...]:
         """The prompt with the concepts of each list in it moved along their places; first as it is.
 

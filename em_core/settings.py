@@ -129,6 +129,10 @@ class JointSettings:
         rank, alpha: rank of the LoRA, and its alpha: the output is scaled by alpha / rank. None takes
             the rank, so that nothing is scaled: Mix-of-Show's rank 4 and alpha 1, since its alpha is
             the whole factor.
+        surroundings_weight: weight of a loss that holds the prediction outside the concepts' masks to the one
+            that the untouched model makes of the same noise without them, so that learning a subject under its
+            mask does not also draw it elsewhere (ours). 0 is off; None is 1 for "full", which measurements
+            favour, and 0 for the others, which they do not. It takes one more pass without gradients a step.
         prior_weight: weight of the prior preservation loss; 0 is off (Break-a-Scene: 1).
         prior_prompt: prompt of the prior pictures, which the model draws itself.
         prior_pictures: number of prior pictures (Break-a-Scene: 100).
@@ -145,6 +149,7 @@ class JointSettings:
     decay_after: int | None = 400
     rank: int = 4
     alpha: float | None = None
+    surroundings_weight: float | None = None
     prior_weight: float = 0.0
     prior_prompt: str = "a photo"
     prior_pictures: int = 8
@@ -165,6 +170,8 @@ class JointSettings:
             require(f"{name} of the joint phase", rate, rate is None or is_rate(rate), RATE)
         require("alpha", self.alpha, self.alpha is None or self.alpha > 0, "more than 0")
         require("prior_weight", self.prior_weight, self.prior_weight >= 0, "at least 0")
+        around = self.surroundings_weight
+        require("surroundings_weight", around, around is None or around >= 0, "at least 0, or None")
         require("prior_pictures", self.prior_pictures, self.prior_pictures >= 1, "at least 1")
         require("decay_after", self.decay_after, is_decay(self.decay_after), DECAY)
         require("seg_mix", self.seg_mix, 0 <= self.seg_mix <= 1, "a share, 0 to 1")
@@ -181,6 +188,12 @@ class JointSettings:
         """The learning rate of the text encoders' weights: the given one, or what suits the kind."""
         share = 0.1 if self.kind == "lora" else 1.0
         return self.text_learning_rate or share * self.weights_rate
+
+    @property
+    def surroundings(self) -> float:
+        """The weight of what lies around the masks: the given one, or what suits the kind."""
+        default = 1.0 if self.kind == "full" else 0.0
+        return default if self.surroundings_weight is None else self.surroundings_weight
 
     @property
     def lora_alpha(self) -> float:

@@ -14,7 +14,7 @@ from ..model.protocol import loss_scale, to_host
 from ..prompts import ConceptPrompt
 from . import losses
 from .loop import Step, StepEvent, recorded
-from .m_step import Mixes, Terms, forward_backward
+from .m_step import Mixes, Terms, Untouched, forward_backward
 from .maps import like_noise
 from .optimizer import (
     LearnableVectors,
@@ -46,6 +46,7 @@ class Learner:
         rates: full learning rates of the optimizer's groups.
         priors: latents of the prior's pictures, or None where the prior is off.
         mixes: see :mod:`em_core.method.seg_mix`; None where it is off.
+        untouched: gives the model as it was, to which what lies around the masks is held; None where it is not.
     """
 
     vectors: LearnableVectors
@@ -54,6 +55,7 @@ class Learner:
     rates: tuple[float, ...]
     priors: Tensor | None
     mixes: Mixes | None
+    untouched: Untouched | None
 
 
 def learn_joint(problem: Problem, state: RunState) -> Iterator[Step]:
@@ -122,7 +124,9 @@ def make_learner(
     parameters = weights | tokens
     give_moments(optimizer, parameters, state.moments)
     rates = tuple(float(group["lr"]) for group in groups)
-    return Learner(vectors, parameters, optimizer, rates, priors, mixes)
+    keeps = joint.surroundings > 0 and problem.settings.masks_loss
+    untouched = parts.untouched if keeps else None
+    return Learner(vectors, parameters, optimizer, rates, priors, mixes, untouched)
 
 
 def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
@@ -133,7 +137,9 @@ def joint_step(problem: Problem, state: RunState, learner: Learner) -> Step:
     for group, rate in zip(learner.optimizer.param_groups, learner.rates, strict=True):
         group["lr"] = rate * share
     learning = replace(state, vectors=learner.vectors)
-    _, terms, _ = forward_backward(problem, learning, generator, mixes=learner.mixes)
+    _, terms, _ = forward_backward(
+        problem, learning, generator, mixes=learner.mixes, untouched=learner.untouched
+    )
     if learner.priors is not None:
         terms = terms | prior_term(problem, learner.priors, generator)
     scale = loss_scale(problem.host)

@@ -1,7 +1,7 @@
 """The M-step: one optimisation step under the present masks (VCD Eq. 3 + lambda Eq. 4)."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,8 @@ from .state import PictureState, RunState, generator_at
 Mixes = Sequence[Sequence[Mix]]
 """Of each picture, its mixes."""
 Terms = dict[str, Tensor]
+Untouched = Callable[[], AbstractContextManager[None]]
+"""Gives a context in which the model acts as if nothing had been learned."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,12 @@ def forward_backward(
     generator: torch.Generator,
     first: bool = False,
     mixes: Mixes | None = None,
+    untouched: Untouched | None = None,
 ) -> tuple[Draw, Terms, AttentionMaps]:
-    """Draw, predict, and add the loss's gradient, times the host's scale, to the parameters'."""
+    """Draw, predict, and add the loss's gradient, times the host's scale, to the parameters'.
+
+    With `untouched`, the loss also holds what lies around the masks to what the untouched model makes of it.
+    """
     host = problem.host
     drawn = draw(problem, state, generator, mixes)
     prepared = problem.pictures[drawn.index]
@@ -226,16 +232,50 @@ def forward_backward(
     conditioning = condition(problem, state, drawn)
     wanted = recorded_layers(problem, prepared, state.phase)
     layers = [layer for layer in prepared.layers if layer.name in wanted]
+    Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
+    before = without_concepts(problem, drawn, Z_t, untouched) if untouched else None
     # The other layers' maps only become statistics; their graph would be kept for nothing.
     grad = loss_layers(prepared.layers) if problem.settings.has_attention_terms else ()
     recorder = recorder_for(conditioning, prepared.names, layers, host, grad)
     # Backward runs inside the context: gradient checkpointing repeats the forward pass with its hooks.
     with host.record_attention(recorder) if layers else nullcontext():
-        Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
         prediction = host.predict(Z_t, drawn.t, conditioning)
         terms = loss_terms(problem, state, drawn, prediction, recorder.maps)
+        if before is not None:
+            terms = with_surroundings(problem, drawn, prediction, before, terms)
         add_gradient(terms["total"], host)
     return drawn, terms, recorder.maps
+
+
+@torch.no_grad()
+def without_concepts(
+    problem: Problem, drawn: Draw, Z_t: Float[Tensor, "b c h w"], untouched: Untouched
+) -> Float[Tensor, "b c h w"]:
+    """What the untouched model predicts of the same noisy latents where the prompts lack the concepts."""
+    host = problem.host
+    with untouched():
+        conditioning = host.encode_prompts([prompt.bare() for prompt in drawn.prompts], {})
+        return host.predict(Z_t, drawn.t, conditioning)
+
+
+def with_surroundings(
+    problem: Problem,
+    drawn: Draw,
+    prediction: Float[Tensor, "b c h w"],
+    before: Float[Tensor, "b c h w"],
+    terms: Terms,
+) -> Terms:
+    """The terms with the distance of two predictions outside the masks of each sample's concepts.
+
+    Eq. 3 says nothing there, and weights that learn under it draw their subjects there again.
+    """
+    weight = problem.host.schedule.weight(drawn.t)
+    outside = 1 - present_mask(drawn, prediction)
+    kept = losses.masked_diffusion_loss(
+        prediction, before, outside, weight, problem.settings.normalisation
+    )
+    total = terms["total"] + problem.joint.surroundings * kept
+    return terms | {"surroundings": kept, "total": total}
 
 
 def require_reached(problem: Problem, state: RunState, drawn: Draw) -> None:
@@ -284,7 +324,7 @@ def loss_terms(
     target = schedule.target(drawn.Z0, drawn.eps, drawn.t)
     weight = schedule.weight(drawn.t)
     masks, present = drawn.masks, drawn.present
-    terms = {"diffusion": diffusion_term(settings, prediction, target, masks, present, weight)}
+    terms = {"diffusion": diffusion_term(settings, drawn, prediction, target, weight)}
     weights = {"diffusion": 1.0}
     if settings.mode != "none" and settings.has_attention_terms:
         prepared = problem.pictures[drawn.index]
@@ -299,18 +339,22 @@ def loss_terms(
 
 def diffusion_term(
     settings: EMSettings,
+    drawn: Draw,
     prediction: Float[Tensor, "b c h w"],
     target: Float[Tensor, "b c h w"],
-    masks: Float[Tensor, "b k H W"],
-    present: Float[Tensor, "b k"],
     weight: Float[Tensor, " b"],
 ) -> Float[Tensor, ""]:
     """Eq. 3 under the union of the masks of the concepts present in each sample, or Eq. 1."""
     if not settings.masks_loss:
         return losses.diffusion_loss(prediction, target, weight)
-    small = resize(masks, (prediction.shape[-2], prediction.shape[-1]), "mask")
-    mask = union(small * present[:, :, None, None])
+    mask = present_mask(drawn, prediction)
     return losses.masked_diffusion_loss(prediction, target, mask, weight, settings.normalisation)
+
+
+def present_mask(drawn: Draw, like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """The union of the masks of the concepts present in each sample, at the size of `like`."""
+    small = resize(drawn.masks, (like.shape[-2], like.shape[-1]), "mask")
+    return union(small * drawn.present[:, :, None, None])
 
 
 def loss_maps(prepared: Prepared, maps: AttentionMaps) -> Float[Tensor, "b k h w"]:

@@ -122,7 +122,9 @@ def make_learner(
     )
     parameters = weights | tokens
     give_moments(optimizer, parameters, state.moments)
-    return Learner(vectors, parameters, optimizer, rates=(), priors=None, mixes=None)
+    return Learner(
+        vectors, parameters, optimizer, rates=(), priors=None, mixes=None, untouched=None
+    )
 
 
 def visual_step(

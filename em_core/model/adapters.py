@@ -1,7 +1,7 @@
 """Training and applying model weights without leaving a trace: a LoRA by hooks, others by exchange."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +22,13 @@ class TrainableParts:
         parameters: name -> what an optimizer changes.
         learned: gives what a concept file keeps of them: LoRA factors, or `<path>.diff` against
             the model's own weights.
+        untouched: gives a context in which the model acts as if nothing had been learned, for passes
+            without gradients.
     """
 
     parameters: Mapping[str, nn.Parameter]
     learned: Callable[[], dict[str, Tensor]]
+    untouched: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -42,9 +45,12 @@ def trainable_lora(
         if values
         else init_lora(layers, rank, generator)
     )
+    nothing = {name: torch.zeros_like(p) for name, p in parameters.items() if name.endswith(UP)}
     with lora_applied(layers, parameters, alpha / rank):
         yield TrainableParts(
-            parameters, lambda: {name: p.detach().clone() for name, p in parameters.items()}
+            parameters,
+            lambda: {name: p.detach().clone() for name, p in parameters.items()},
+            partial(replaced, parameters, nothing),
         )
 
 
@@ -73,8 +79,26 @@ def trainable_weights(
         for p in parameters.values():
             p.requires_grad_(True)
         yield TrainableParts(
-            parameters, lambda: {n + DIFF: p.detach() - own[n] for n, p in parameters.items()}
+            parameters,
+            lambda: {n + DIFF: p.detach() - own[n] for n, p in parameters.items()},
+            partial(replaced, parameters, own),
         )
+
+
+@contextmanager
+def replaced(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let some parameters hold other values while the context is open, with what they have learned and
+    their gradients kept. No pass whose backward is still to come may be open."""
+    learned = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in learned.items():
+            parameters[name].data = value
 
 
 def init_lora(

@@ -7,7 +7,7 @@ through the blocks themselves.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -147,7 +147,9 @@ def trainable_blocks(
     """Image attention that can be learned while the context is open; it acts where a pass is told so."""
     parameters = {n: nn.Parameter(x.detach().to(device).float().clone()) for n, x in values.items()}
     yield TrainableParts(
-        parameters, lambda: {name: p.detach().clone() for name, p in parameters.items()}
+        parameters,
+        lambda: {name: p.detach().clone() for name, p in parameters.items()},
+        untouched=nullcontext,
     )
 
 

@@ -93,6 +93,7 @@ def test_settings_out_of_range(change: dict, says: str) -> None:
         (JointSettings, {"decay_after": 0}, "Bad decay_after"),
         (JointSettings, {"seg_mix": 1.5}, "Bad seg_mix. Expected a share, 0 to 1, got 1.5"),
         (JointSettings, {"seg_mix_pictures": 0}, "Bad seg_mix_pictures"),
+        (JointSettings, {"surroundings_weight": -1.0}, "Bad surroundings_weight"),
     ],
 )
 def test_other_settings_out_of_range(kind: type, change: dict, says: str) -> None:

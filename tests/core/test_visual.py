@@ -205,8 +205,8 @@ def test_a_new_condition_changes_nothing(
 
     Z_t = host.schedule.add_noise(drawn.Z0, drawn.eps, drawn.t)
     plain = host.predict(Z_t, drawn.t, condition(problem, state, drawn))
-    masks, weight = drawn.masks, torch.ones(len(drawn.t))
-    expected = diffusion_term(problem.settings, plain, drawn.eps, masks, drawn.present, weight)
+    weight = torch.ones(len(drawn.t))
+    expected = diffusion_term(problem.settings, drawn, plain, drawn.eps, weight)
     assert torch.equal(found, expected)
     assert {n: len(m._forward_hooks) for n, m in own.items()} == before
 
