@@ -98,10 +98,11 @@ MASKS: dict[str, Arm] = {
     "fixed": Arm({"mode": "fixed"}),
     "read_once": Arm({"mode": "fixed"}, once=True),
 }
+JOINT: dict[str, WeightKind] = {"": "none", "+lora": "lora", "+full": "full"}
 MAIN: dict[str, Arm] = {
-    name: arm
+    mask + more: replace(plain, joint=kind)
     for mask, plain in MASKS.items()
-    for name, arm in ((mask, plain), (f"{mask}+lora", replace(plain, joint="lora")))
+    for more, kind in JOINT.items()
 } | {"ceiling": Arm(learned=False), "caption": Arm(learned=False)}
 VISUAL: dict[str, Arm] = {
     "visual": Arm(visual="ours"),
@@ -136,7 +137,8 @@ OTHERS: dict[str, Arm] = {
     "lora_seg_mix": Arm(joint="lora", joint_changes={"seg_mix": 0.3}),
     "lora_seg_mix_prior": Arm(joint="lora", joint_changes={"seg_mix": 0.3, "prior_weight": 1.0}),
     "cross_attention": Arm(joint="cross_attention"),
-    "full": Arm(joint="full"),
+    "full_no_surroundings": Arm(joint="full", joint_changes={"surroundings_weight": 0.0}),
+    "full_seg_mix": Arm(joint="full", joint_changes={"seg_mix": 0.3}),
     **{f"guidance_{scale}": Arm(guidance=scale) for scale in (2.0, 5.0, 7.5)},
     **{f"lora_guidance_{s}": Arm(joint="lora", guidance=s) for s in (2.0, 5.0, 7.5)},
 }

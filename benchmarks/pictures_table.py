@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from em import read_rows
 from em_table import Line, Runs, interval, less, markdown, shown
-from pictures import ARMS, MAIN, OWN, RESULTS, VISUAL, Row
+from pictures import ARMS, JOINT, MAIN, OWN, RESULTS, VISUAL, Row
 
 TOGETHER = ("together", "elsewhere", "other_order")
 """Prompts of all concepts; these and the one with a known thing can mix."""
@@ -96,13 +96,17 @@ def visual(rows: Sequence[Row]) -> list[str]:
 
 
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The paper's claim with and without a LoRA, and each other arm against what it changes."""
+    """The paper's claim with each joint phase, joint phases, and each other arm against what it changes."""
     masks = ("none", "fixed", "read_once", "given")
-    claim = [(f"em{more}", f"{mask}{more}") for more in ("", "+lora") for mask in masks]
-    joint = [(f"{mask}+lora", mask) for mask in ("em", *masks)]
-    rest = [(arm, "em" if ARMS[arm].joint == "none" else "em+lora") for arm in arms]
-    drawn = [pair for pair in rest if pair[0] not in MAIN | VISUAL]
-    return [*claim, *joint, *drawn]
+    claim = [(f"em{more}", f"{mask}{more}") for more in JOINT for mask in masks]
+    joint = [(f"{mask}{more}", mask) for more in JOINT if more for mask in ("em", *masks)]
+    rest = [(arm, base_of(arm)) for arm in arms if arm not in MAIN | VISUAL]
+    return [*claim, *joint, ("em+full", "em+lora"), *rest]
+
+
+def base_of(arm: str) -> str:
+    """The main arm that another one changes."""
+    return {"none": "em", "full": "em+full"}.get(ARMS[arm].joint, "em+lora")
 
 
 def aims(rows: Sequence[Row], arm: str) -> list[str]:
@@ -162,7 +166,7 @@ def text(rows: Sequence[Row]) -> list[str]:
     """The report."""
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
     sets = sorted({row["set"] for row in rows})
-    shown_arms = [arm for arm in ("em", "em+lora") if arm in arms]
+    shown_arms = [arm for arm in (f"em{more}" for more in JOINT) if arm in arms]
     return [
         "# Are the concepts learned?",
         "",
