@@ -85,22 +85,6 @@ def trainable_weights(
         )
 
 
-@contextmanager
-def replaced(
-    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Let some parameters hold other values while the context is open, with what they have learned and
-    their gradients kept. No pass whose backward is still to come may be open."""
-    learned = {name: parameters[name].data for name in values}
-    try:
-        for name, value in values.items():
-            parameters[name].data = value
-        yield
-    finally:
-        for name, value in learned.items():
-            parameters[name].data = value
-
-
 def init_lora(
     layers: Mapping[str, nn.Linear], rank: int, generator: torch.Generator
 ) -> dict[str, nn.Parameter]:
@@ -165,14 +149,29 @@ def exchanged(
     """
     own = {name: p.data for name, p in parameters.items()}
     flags = {name: p.requires_grad for name, p in parameters.items()}
+    with replaced(parameters, {name: values[name] for name in parameters}):
+        try:
+            yield own
+        finally:
+            for name, p in parameters.items():
+                p.grad = None
+                p.requires_grad_(flags[name])
+
+
+@contextmanager
+def replaced(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let some parameters hold other values while the context is open, with what they have learned and
+    their gradients kept. No pass whose backward is still to come may be open."""
+    learned = {name: parameters[name].data for name in values}
     try:
-        for name, p in parameters.items():
-            p.data = values[name]
-        yield own
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
     finally:
-        for name, p in parameters.items():
-            p.data, p.grad = own[name], None
-            p.requires_grad_(flags[name])
+        for name, value in learned.items():
+            parameters[name].data = value
 
 
 @contextmanager
