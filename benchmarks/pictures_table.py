@@ -83,7 +83,7 @@ def visual(rows: Sequence[Row]) -> list[str]:
     arms = [arm for arm in VISUAL if any(row["arm"] == arm for row in rows)]
     lines: list[Line] = []
     for arm in arms:
-        base = "em+lora" if ARMS[arm].joint == "lora" else "em"
+        base = base_of(arm)
         for kinds in ((), tuple(OWN)):
             name = f"`{arm}` over `{base}`" + (", one concept" if kinds else "")
             cells = []
