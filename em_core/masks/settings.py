@@ -40,9 +40,10 @@ class MaskSettings:
             least 2; 0 leaves it to the maps (VCD).
         presence_passes: number of noises by which the least present concepts are told, where some are
             not found at the start: at least 2; 0 leaves it to the maps (VCD).
-        acceptance: how many times the present mask's agreement (correlation) with fresh maps and the
-            start's a new mask must reach to take its place; 0 takes every mask that the guards believe
-            (VCD).
+        acceptance: how many times what the present mask is worth (its correlation with fresh maps and the
+            start's, and what the model's error names there) a new mask must be worth to take its place,
+            without robbing one that stays of more than it gains; 0 takes every mask that the guards
+            believe (VCD).
     """
 
     init_timesteps: int = 50

@@ -1,7 +1,7 @@
 """The E-step of a run: statistics from the M-steps' own passes, a refresh, new masks."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..masks.estimate import masks_among
 from ..masks.measures import agreement, areas
 from ..masks.regions import Regions
-from ..masks.resizing import resize
+from ..masks.resizing import Size, resize
 from ..masks.thresholds import min_max
 from ..model.layers import finest_size, mask_layers
 from ..model.protocol import to_host
@@ -80,8 +80,9 @@ def e_step_picture(
     Concepts that are not `known` had nothing at the start and have not learned anything since; they do
     not compete with the others.
 
-    A new mask takes the present one's place if the guards believe it and it agrees better than that
-    with maps that neither was made from; see `MaskSettings.acceptance`.
+    A new mask takes the present one's place if the guards believe it, if it is worth more than that by
+    evidence that neither was made from (:class:`Judge`, `MaskSettings.acceptance`), and if it does not
+    rob a mask that stays of more than it gains.
     """
     settings = problem.settings
     found = to_host(picture.found, problem.host)
@@ -91,27 +92,63 @@ def e_step_picture(
     estimate = masks_among(there, maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     if settings.masks.acceptance:
-        judge = resize(evidence_for(picture, fresh), prepared.size, "map")
-        present = agreement(judge, picture.labels) * found
-        accepted &= agreement(judge, estimate.masks) >= settings.masks.acceptance * present
+        judge = Judge.of(picture, fresh, prepared.size)
+        present = judge.worth(picture.labels) * found
+        gained = judge.worth(estimate.masks) - settings.masks.acceptance * present
+        accepted &= gained >= 0
+        if settings.masks.competition:
+            robbed = [picture.labels & ~mask for mask in estimate.masks]
+            lost = torch.stack([present - judge.worth(rest) * found for rest in robbed])
+            accepted = without_robbers(accepted, gained, lost)
     masks, labels = estimate.weights(settings.masks.soft), estimate.masks
     old_masks, old_labels = picture.masks, picture.labels
     if settings.masks.competition:
         old_masks, old_labels = without_taken(labels[accepted], old_masks, old_labels)
     pixels = accepted[:, None, None]
     labels = torch.where(pixels, labels, old_labels)
-    return PictureState(
+    return replace(
+        picture,
         maps=maps,
         pending=torch.zeros_like(picture.pending),
         pending_count=torch.zeros_like(picture.pending_count),
         masks=torch.where(pixels, masks, old_masks),
         labels=labels,
         found=(found | accepted) & (areas(labels) >= settings.masks.guards.min_area),
-        regions=picture.regions,
-        told=picture.told,
-        doubtful=picture.doubtful,
-        first=picture.first,
     )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What masks of one picture are compared by.
+
+    Attributes:
+        maps: [k, H, W] what each mask should agree with, see :func:`evidence_for`.
+        named: [k, H, W] how much the model's error says that each pixel is what a concept's first vectors
+            stand for, -1 to 1; None where it was not asked.
+    """
+
+    maps: Float[Tensor, "k H W"]
+    named: Float[Tensor, "k H W"] | None
+
+    @classmethod
+    def of(cls, picture: PictureState, fresh: Float[Tensor, "k _h _w"], size: Size) -> "Judge":
+        """The judge of a picture of this size, by fresh maps and what is known since the start."""
+        maps, named = resize(evidence_for(picture, fresh), size, "map"), None
+        if picture.named is not None and picture.regions is not None:
+            named = resize(picture.named[:, picture.regions], size, "map")
+        return cls(maps, named)
+
+    def worth(self, masks: Bool[Tensor, "k H W"]) -> Float[Tensor, " k"]:
+        """The agreement of each mask with its map, times e to the power of what its pixels are named.
+
+        Maps of a word also heat what the prompt does not name, and a token that has learned of it asks
+        for more; the model's error under the word does not.
+        """
+        agree = agreement(self.maps, masks)
+        if self.named is None:
+            return agree
+        pixels = masks.flatten(1).sum(dim=1).clamp(min=1)
+        return agree * ((self.named * masks).flatten(1).sum(dim=1) / pixels).exp()
 
 
 def evidence_for(picture: PictureState, fresh: Float[Tensor, "k h w"]) -> Float[Tensor, "k h w"]:
@@ -121,6 +158,27 @@ def evidence_for(picture: PictureState, fresh: Float[Tensor, "k h w"]) -> Float[
     it. The start's maps know nothing of that.
     """
     return fresh if picture.first is None else (min_max(fresh) + min_max(picture.first)) / 2
+
+
+def without_robbers(
+    accepted: Bool[Tensor, " k"], gained: Float[Tensor, " k"], lost: Float[Tensor, "k _k"]
+) -> Bool[Tensor, " k"]:
+    """The accepted masks without those that cost masks that stay more than they gain themselves.
+
+    Where a name goes over to another's thing, and that one has nowhere to go, one of two good masks
+    would be lost. The worst is refused first, since one that is refused stays and can be robbed.
+
+    Args:
+        gained: by how much more each new mask is worth than it must be.
+        lost: how much of its worth the present mask of each concept (column) loses if the new one of
+            another (row) takes its pixels.
+    """
+    accepted = accepted.clone()
+    for _ in range(len(accepted)):
+        net = (gained - (lost * ~accepted).sum(dim=1)).where(accepted, gained.new_tensor(torch.inf))
+        worst = net.argmin()
+        accepted[worst] &= net[worst] >= 0
+    return accepted
 
 
 def without_taken(

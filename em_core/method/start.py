@@ -120,6 +120,7 @@ def first_masks(
         labels=estimate.masks,
         found=estimate.believed(settings.masks.guards),
         regions=found.regions,
+        named=found.named,
         told=found.told,
         doubtful=found.doubtful,
         first=found.maps,
@@ -134,7 +135,8 @@ class FirstMasks:
         maps: [k, h, w] attention maps, each scaled to 0..1.
         estimate: the masks that they make.
         regions: [h, w] the picture's regions; None where they are not looked for.
-        told: [k, r] what the model's error says of them; None where the maps are clear.
+        named: [k, r] what the model's error says of them; None where it was not asked.
+        told: the same where the maps are unclear; None where they are clear.
         doubtful: [k] whether the model sees a concept nowhere in the picture, whatever its mask, see
             :func:`em_core.method.presence.unseen`; on the CPU, False where it was not asked.
     """
@@ -142,6 +144,7 @@ class FirstMasks:
     maps: Float[Tensor, "k _h _w"]
     estimate: Estimate
     regions: Int[Tensor, "_h _w"] | None
+    named: Float[Tensor, "k r"] | None
     told: Float[Tensor, "k r"] | None
     doubtful: Bool[Tensor, " k"]
 
@@ -180,7 +183,7 @@ def masks_of_vectors(
             maps[list(group)] = min_max(maps[list(group)].mean(dim=0))
         labels = with_spots(labels, maps)
     regions = None if labels is None else Regions(labels, alike)
-    doubtful = torch.zeros(len(maps), dtype=torch.bool)
+    named, doubtful = None, torch.zeros(len(maps), dtype=torch.bool)
     if regions is not None and generic_word and settings.naming_passes:
         unclear, members = in_doubt(min_max(maps, settings.peak), regions), regions.members
         # Where maps are clear, what follows has the same random numbers as if nothing had been asked.
@@ -189,7 +192,8 @@ def masks_of_vectors(
             host, prepared, vectors, generic_word, settings, members, alike, source
         )
         doubtful = unseen(missed, members.sum(dim=(1, 2)) >= LEAST_CELLS)
-        regions = replace(regions, told=naming(missed)) if unclear else regions
+        named = naming(missed)
+        regions = replace(regions, told=named) if unclear else regions
     estimate = masks_from_maps(maps, prepared.size, settings, prepared.refine, regions)
     missing = (~estimate.believed(settings.guards)).nonzero().flatten().tolist()
     if generic_word and settings.presence_passes and 0 < len(missing) < len(maps):
@@ -201,7 +205,7 @@ def masks_of_vectors(
             among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
             estimate = among if among.believed(settings.guards)[there].all() else estimate
     told = None if regions is None else regions.told
-    return FirstMasks(maps, estimate, labels, told, doubtful)
+    return FirstMasks(maps, estimate, labels, named, told, doubtful)
 
 
 def in_doubt(maps: Float[Tensor, "k _h _w"], regions: Regions) -> bool:

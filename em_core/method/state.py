@@ -26,8 +26,10 @@ class PictureState:
         labels: [k, H, W] the same as labels.
         found: [k] whether a concept has a mask worth learning under; on the CPU, since each step asks.
         regions: [h, w] the region of each cell, see :mod:`em_core.masks.regions`; None without them.
-        told: [k, r] what the model's error says of the regions, see
-            :func:`em_core.method.presence.naming`; None where the first maps were clear.
+        named: [k, r] how much the model's error says that each region is what a concept's first vectors
+            stand for, see :func:`em_core.method.presence.naming`; None where it was not asked.
+        told: the same where the first maps were unclear, so that concepts are placed by it too; None where
+            they were clear.
         doubtful: [k] whether the model saw a concept nowhere at the start, whatever its mask; on the CPU.
             None without first masks.
         first: [k, h, w] the maps of the first masks, which no learning has touched; None without them.
@@ -40,6 +42,7 @@ class PictureState:
     labels: Bool[Tensor, "k H W"]
     found: Bool[Tensor, " k"]
     regions: Int[Tensor, "_h _w"] | None = None
+    named: Float[Tensor, "k r"] | None = None
     told: Float[Tensor, "k r"] | None = None
     doubtful: Bool[Tensor, " k"] | None = None
     first: Float[Tensor, "k h w"] | None = None

@@ -18,6 +18,7 @@ from em_core.method.e_step import (
     e_step_picture,
     latest_maps,
     with_free_statistics,
+    without_robbers,
     without_taken,
 )
 from em_core.method.joint import learn_joint, prior_term
@@ -418,6 +419,22 @@ def test_the_start_speaks_too(new_masks) -> None:
         assert torch.equal(after.labels[0], LEFT if taken else TOP & LEFT)
 
 
+def test_what_the_model_names_counts_too(new_masks) -> None:
+    """The new mask agrees with the maps 1.73 times as well. It holds a region beside the present one's;
+    a mean of -0.5 over both makes that 1.73 exp(-0.5 - 0.2) = 0.86 times, of 0.1 it is 1.57 times."""
+    regions = torch.stack([TOP & LEFT, ~TOP & LEFT, RIGHT]).int().argmax(dim=0)
+    known = picture_state(TOP & LEFT, RIGHT)
+    assert (TOP & LEFT).sum() == (~TOP & LEFT).sum()
+    for below, taken in ((-1.2, False), (0.0, True)):
+        named = torch.tensor([[0.2, below, -1.0], [0.0, 0.0, 1.0]])
+        before = replace(known, regions=regions, named=named)
+        for acceptance in (1.0, 1.05):
+            after = new_masks([LEFT, RIGHT], [LEFT, RIGHT], before, acceptance=acceptance)
+            assert torch.equal(after.labels[0], LEFT if taken else TOP & LEFT)
+        after = new_masks([LEFT, RIGHT], [LEFT, RIGHT], before, acceptance=1.6)
+        assert torch.equal(after.labels[0], TOP & LEFT)
+
+
 def test_a_new_mask_that_the_guards_refuse_is_not_taken(new_masks) -> None:
     """A speck stays out, beside a mask that is taken; without the guard it comes in."""
     before = picture_state(TOP & LEFT, TOP & RIGHT)
@@ -440,6 +457,31 @@ def test_a_refused_concept_loses_the_pixels_that_another_takes(
     assert torch.equal(after.labels, torch.stack([LEFT, kept]))
     assert torch.equal(after.masks, torch.stack([LEFT.float(), 0.75 * kept]))
     assert after.found.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("competition", [True, False])
+def test_a_mask_that_robs_another_of_more_than_it_gains_is_refused(
+    new_masks, competition: bool
+) -> None:
+    """Both names are drawn to the right half, where the second is already; the first stays. It would gain
+    1 - 1 / sqrt(3), and the second lose 1. Where masks may overlap, no one is robbed."""
+    before = picture_state(TOP & RIGHT, RIGHT)
+    before = replace(before, labels=torch.stack([TOP & RIGHT, RIGHT & ~TOP]))
+    after = new_masks([RIGHT, SPECK], [RIGHT, RIGHT & ~TOP], before, competition=competition)
+    expected = before.labels if competition else torch.stack([RIGHT, RIGHT & ~TOP])
+    assert torch.equal(after.labels, expected) and after.found.tolist() == [True, True]
+
+
+def test_the_worst_robber_is_refused_first() -> None:
+    """And one that is refused stays, so that others rob it too."""
+    every = torch.ones(3, dtype=torch.bool)
+    gained = torch.tensor([0.1, 0.3, 0.2])
+    lost = torch.tensor([[1.0, 0.0, 0.0], [0.4, 1.0, 0.1], [0.1, 0.0, 1.0]])
+    assert without_robbers(every, gained, lost).all()
+    for stays, left in ((0, [2]), (1, [0, 2]), (2, [0, 1])):
+        accepted = every.clone()
+        accepted[stays] = False
+        assert without_robbers(accepted, gained, lost).nonzero().flatten().tolist() == left
 
 
 def test_a_mask_of_which_nothing_is_left_counts_as_not_found(new_masks) -> None:

@@ -262,7 +262,7 @@ def late(host: DiffusersHost, example: Example) -> RunState:
     settings = replace(em_settings("sd-64"), steps=1, batch=1)
     problem = prepare(host, [example], settings, replace(JOINT, kind="lora"))
     state = run(problem, initialise(problem), stop=after(3))
-    told = tuple(replace(p, told=torch.zeros(len(p.maps), 5)) for p in state.pictures)
+    told = tuple(replace(p, told=torch.zeros_like(p.named)) for p in state.pictures)
     return varied(replace(state, pictures=told), torch.Generator().manual_seed(0))
 
 
