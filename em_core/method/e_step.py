@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..masks.estimate import masks_among
-from ..masks.measures import agreement, areas
+from ..masks.measures import agreement, areas, iou
 from ..masks.regions import Regions
-from ..masks.resizing import Size, resize
+from ..masks.resizing import resize
 from ..masks.thresholds import min_max
 from ..model.layers import finest_size, mask_layers
 from ..model.protocol import to_host
@@ -19,6 +19,9 @@ from .m_step import Draw
 from .maps import read_attention
 from .problem import Prepared, Problem
 from .state import PictureState, RunState, generator_at
+
+SAME_THING = 0.75
+"""IoU with the present mask from which a new one differs at its rim only, and holds no other thing."""
 
 
 def with_free_statistics(
@@ -92,7 +95,7 @@ def e_step_picture(
     estimate = masks_among(there, maps, prepared.size, settings.masks, prepared.refine, regions)
     accepted = settings.masks.guards.accept(estimate.masks, estimate.thresholded)
     if settings.masks.acceptance:
-        judge = Judge.of(picture, fresh, prepared.size)
+        judge = Judge.of(picture, fresh, estimate.masks)
         present = judge.worth(picture.labels) * found
         gained = judge.worth(estimate.masks) - settings.masks.acceptance * present
         accepted &= gained >= 0
@@ -124,18 +127,26 @@ class Judge:
     Attributes:
         maps: [k, H, W] what each mask should agree with, see :func:`evidence_for`.
         named: [k, H, W] how much the model's error says that each pixel is what a concept's first vectors
-            stand for, -1 to 1; None where it was not asked.
+            stand for, -1 to 1; 0 where that must not count, None where it was not asked.
     """
 
     maps: Float[Tensor, "k H W"]
     named: Float[Tensor, "k H W"] | None
 
     @classmethod
-    def of(cls, picture: PictureState, fresh: Float[Tensor, "k _h _w"], size: Size) -> "Judge":
-        """The judge of a picture of this size, by fresh maps and what is known since the start."""
+    def of(
+        cls, picture: PictureState, fresh: Float[Tensor, "k _h _w"], masks: Bool[Tensor, "k H W"]
+    ) -> "Judge":
+        """The judge of a picture's present masks and new ones, by fresh maps and what the start knew.
+
+        The model's error tells what a thing is, and not where it ends: it is not heard where a new mask
+        differs from the present one at its rim only.
+        """
+        size = (masks.shape[-2], masks.shape[-1])
         maps, named = resize(evidence_for(picture, fresh), size, "map"), None
         if picture.named is not None and picture.regions is not None:
-            named = resize(picture.named[:, picture.regions], size, "map")
+            other = iou(picture.labels, masks) < SAME_THING
+            named = resize(picture.named[:, picture.regions], size, "map") * other[:, None, None]
         return cls(maps, named)
 
     def worth(self, masks: Bool[Tensor, "k H W"]) -> Float[Tensor, " k"]:

@@ -435,6 +435,19 @@ def test_what_the_model_names_counts_too(new_masks) -> None:
         assert torch.equal(after.labels[0], TOP & LEFT)
 
 
+def test_a_mask_s_rim_is_judged_by_the_maps_alone(new_masks) -> None:
+    """The present mask has an IoU of 3/4 with the new one, or just less, and all that it lacks is named
+    another thing. With that, the new one is worth less: exp(1) times .775 against exp(.5)."""
+    for width, taken in ((24, True), (23, False)):
+        part = LEFT.clone()
+        part[:, width:] = False
+        regions = torch.stack([part, LEFT & ~part, RIGHT]).int().argmax(dim=0)
+        named = torch.tensor([[1.0, -1.0, -1.0], [0.0, 0.0, 1.0]])
+        before = replace(picture_state(part, RIGHT), regions=regions, named=named)
+        after = new_masks([LEFT, RIGHT], [LEFT, RIGHT], before)
+        assert torch.equal(after.labels[0], LEFT if taken else part)
+
+
 def test_a_new_mask_that_the_guards_refuse_is_not_taken(new_masks) -> None:
     """A speck stays out, beside a mask that is taken; without the guard it comes in."""
     before = picture_state(TOP & LEFT, TOP & RIGHT)
