@@ -10,7 +10,7 @@ from torch import Tensor
 from ..pictures import Picture
 from .crf import MaskRefiner, labels
 from .guards import Guards
-from .regions import Regions, belonging, placed
+from .regions import Regions, belonging, centroids, placed
 from .resizing import cut, resize
 from .settings import MaskSettings
 from .thresholds import binarise, min_max
@@ -99,6 +99,28 @@ def masks_among(
     anchors = None if part.anchors is None else at_place(part.anchors)
     return Estimate(
         at_place(part.thresholded), at_place(part.probability), at_place(part.masks), anchors
+    )
+
+
+def left_to_right(estimate: Estimate, alike: Sequence[Sequence[int]]) -> Estimate:
+    """The estimate with the masks of concepts that are alike exchanged until they stand from left to right.
+
+    By the centroids of the masks, of two at one x the upper first. The regions that masks are made from
+    are of cells too coarse to tell which of two things that stand nearly above one another is the left one.
+
+    Args:
+        alike: concepts of one map each, as indices in the prompt's order; empty masks stay where they are.
+    """
+    order = list(range(len(estimate.masks)))
+    there = estimate.masks.flatten(1).any(dim=1).tolist()
+    x, y = centroids(estimate.masks.cpu().double())
+    for group in alike:
+        found = [index for index in group if there[index]]
+        for index, mine in zip(found, sorted(found, key=lambda i: (x[i], y[i])), strict=True):
+            order[index] = mine
+    anchors = None if estimate.anchors is None else estimate.anchors[order]
+    return Estimate(
+        estimate.thresholded[order], estimate.probability[order], estimate.masks[order], anchors
     )
 
 

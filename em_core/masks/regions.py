@@ -256,11 +256,12 @@ def best_assignment(score: Float[Tensor, "n m"]) -> list[int]:
 
 
 def centroids(members: Float[Tensor, "r h w"]) -> tuple[list[float], list[float]]:
-    """Mean column and mean row of each region."""
-    weight = members / members.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    """Mean column and mean row of each region; exact for members of 0 and 1, so that ties are ties."""
+    area = members.sum(dim=(1, 2)).clamp(min=1)
     rows = torch.arange(members.shape[1], device=members.device)
     columns = torch.arange(members.shape[2], device=members.device)
-    x, y = (weight.sum(dim=1) * columns).sum(dim=1), (weight.sum(dim=2) * rows).sum(dim=1)
+    x = (members.sum(dim=1) * columns).sum(dim=1) / area
+    y = (members.sum(dim=2) * rows).sum(dim=1) / area
     return x.tolist(), y.tolist()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..examples import stack_masks
-from ..masks.estimate import Estimate, masks_among, masks_from_maps
+from ..masks.estimate import Estimate, left_to_right, masks_among, masks_from_maps
 from ..masks.regions import (
     LEAST_CELLS,
     Regions,
@@ -204,6 +204,8 @@ def masks_of_vectors(
         if there is not None and not only_alike(missing, there, alike):
             among = masks_among(there, maps, prepared.size, settings, prepared.refine, regions)
             estimate = among if among.believed(settings.guards)[there].all() else estimate
+    if regions is not None:
+        estimate = left_to_right(estimate, alike)
     told = None if regions is None else regions.told
     return FirstMasks(maps, estimate, labels, named, told, doubtful)
 

@@ -12,7 +12,7 @@ from em_core.demo.scenes import concept_scene
 from em_core.errors import UserError
 from em_core.examples import Example
 from em_core.hosts.diffusers import DiffusersHost
-from em_core.masks.measures import areas
+from em_core.masks.measures import areas, iou
 from em_core.method.loop import StepEvent
 from em_core.method.m_step import draw
 from em_core.method.problem import prepare
@@ -131,6 +131,19 @@ def test_things_of_one_word_keep_their_names_in_further_pictures(
     columns = torch.arange(64.0)
     left, right = ((m.sum(1) * columns).sum(1) / m.sum((1, 2)) for m in (first, second))
     assert left[0] < left[1] and right[0] > right[1]
+
+
+def test_of_two_things_nearly_above_one_another_the_left_one_comes_first(
+    host: DiffusersHost, short: EMSettings
+) -> None:
+    """Their middles are two of 64 columns apart, half of a cell of the regions that they are found in."""
+    scene = concept_scene(52, "E").only
+    problem = prepare(host, [example_of(scene)], short)
+    masks = initialise(problem).pictures[0].labels
+    x = [float(mask.nonzero()[:, 1].float().mean()) for mask in masks]
+    assert x[0] < x[1]
+    truth = torch.stack([torch.from_numpy(mask) for mask in scene.masks.values()])
+    assert bool((iou(masks, truth) > 0.6).all())
 
 
 def test_what_was_found_in_words() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from em_core.masks.estimate import masks_among, masks_from_maps
+from em_core.masks.estimate import Estimate, left_to_right, masks_among, masks_from_maps
 from em_core.masks.guards import Guards
 from em_core.masks.measures import agreement, iou, union
 from em_core.masks.regions import Regions
@@ -158,3 +158,20 @@ def test_masks_among_some_are_those_of_a_prompt_without_the_others() -> None:
     assert torch.equal(among.masks[[1, 3]], alone.masks) and not among.masks[[0, 2]].any()
     assert torch.equal(among.thresholded[[1, 3]], alone.thresholded)
     assert not masks_among([], maps, (16, 16), settings, None, regions).masks.any()
+
+
+def test_masks_of_one_word_stand_from_left_to_right_to_the_pixel() -> None:
+    """By the mean column, ties from the top; empty masks and those of other words stay where they are."""
+    masks = torch.zeros(6, 9, 12, dtype=torch.bool)
+    masks[0, 5:8, 2:6] = True  # mean column 3.5
+    masks[1, :3, 2:5] = True  # 3: half a column to the left
+    masks[3, 4:6, 2:5] = True  # 3 too, below it
+    masks[4, 6:9, 9:] = True
+    masks[5, 7:, :2] = True  # of another word
+    given = Estimate(masks, masks.float(), masks, masks)
+    order = [1, 3, 2, 0, 4, 5]
+    got = left_to_right(given, [(0, 1, 2, 3, 4)])
+    for part in (got.masks, got.thresholded, got.probability, got.anchors):
+        assert part is not None and torch.equal(part.bool(), masks[order])
+    assert torch.equal(left_to_right(given, [(4, 3, 2, 1, 0)]).masks, masks[[4, 0, 2, 3, 1, 5]])
+    assert torch.equal(left_to_right(given, ()).masks, masks)
