@@ -121,7 +121,18 @@ def lost_table(rows: list[Row]) -> list[str]:
             cells = (f"{few} / {of}" if of else "" for few, of, _ in counts)
             empty = sum(not any(each) for each in finals(rows, arm).values())
             lines.append((title, *cells, str(empty)))
-    return markdown(("arm", *LEARNED, "runs of IoU 0"), lines)
+    given, best = finals(rows, "em"), finals(rows, "em", "best")
+    by_best = [
+        two >= IS_LOST
+        for run, concepts in given.items()
+        for one, two in zip(concepts, best[run], strict=True)
+        if one < IS_LOST
+    ]
+    said = (
+        f"Of the {len(by_best)} that `em` loses {sum(by_best)} have a mask by the better assignment: it bears "
+        "another of the prompt's names. em_lost.png shows the scenes."
+    )
+    return [*markdown(("arm", *LEARNED, "runs of IoU 0"), lines), said, ""]
 
 
 def low_starts(rows: list[Row], other: bool) -> Runs:

@@ -63,7 +63,8 @@ def sheet(
     rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 160
 ) -> Image.Image:
     """Lay images out in a labelled grid: one row per entry, with titles over the columns."""
-    label = 7 * max((len(title) for title in rows), default=0) + 14
+    written = [line for title in rows for line in title.splitlines()]
+    label = 7 * max(map(len, written), default=0) + 14
     count = max(len(images) for images in rows.values())
     canvas = Image.new("RGB", (label + count * (side + 4), 22 + len(rows) * (side + 4)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -71,7 +72,8 @@ def sheet(
         pen.text((label + column * (side + 4) + 2, 5), title, fill="black")
     for row, (title, images) in enumerate(rows.items()):
         top = 22 + row * (side + 4)
-        pen.text((6, top + side // 2 - 6), title, fill="black")
+        height = 12 * (title.count("\n") + 1)
+        pen.text((6, top + (side - height) // 2), title, fill="black")
         for column, image in enumerate(images):
             fit = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.NEAREST)
             canvas.paste(fit, (label + column * (side + 4), top))

@@ -223,3 +223,5 @@ def test_overlay_and_sheet_have_the_expected_size() -> None:
     assert drawn.size == (36, 30)
     grid = sheet({"one": [drawn, drawn], "two": [drawn]}, ["a", "b"], side=50)
     assert grid.height == 22 + 2 * 54
+    wide = sheet({"one\nlonger than that": [drawn, drawn]}, side=50)
+    assert wide.width - grid.width == 7 * (len("longer than that") - len("two"))
