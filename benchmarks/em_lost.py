@@ -38,7 +38,7 @@ from em_core.pictures import to_image
 from em_core.runs.runner import run
 from em_core.show.drawing import overlay, sheet
 
-WIDTH = 52
+WIDTH = 40
 """Characters in a line of text."""
 TITLES = ("picture", "true masks", "first masks", "masks in the end")
 
