@@ -21,6 +21,8 @@ FAINT = 0.15
 """Share of a map's maximum below which a region does not look like the concept at all."""
 SPOT = 0.35
 """Share of a map's maximum from which a spot in the background is a thing."""
+ISLAND = 0.01
+"""Share of the picture up to which a region that lies within another is a part of it."""
 LEAST_CELLS = 2
 """Cells of the smallest region that a concept may be anchored in."""
 TOO_SMALL, BARRED = -20.0, -100.0
@@ -110,6 +112,37 @@ def find_regions(P: Float[Tensor, "n n"], size: Size, limit: float) -> Int[Tenso
         cost[second], cost[:, second] = infinite, infinite
         count -= 1
     return torch.unique(label, return_inverse=True)[1].reshape(size).to(P.device)
+
+
+def without_islands(labels: Int[Tensor, "h w"]) -> Int[Tensor, "h w"]:
+    """Give specks that lie within a thing to the thing.
+
+    The core of a thing, such as a dot or an eye, may attend to itself alone, and words heat it more than what
+    is around it: a concept would be anchored in it, and kept out of the rest. An island is a region of at
+    most `ISLAND` of the picture that touches one other region only. One in the largest region, which is the
+    background, stays: it may be a small thing.
+
+    Args:
+        labels: the regions, numbered from 0 without gaps.
+
+    Returns:
+        The regions without islands, numbered from 0 without gaps.
+    """
+    size = (labels.shape[0], labels.shape[1])
+    flat, touching = labels.flatten().cpu(), neighbours(size)
+    cells = flat.bincount()
+    ground = int(cells.argmax())
+    while True:
+        for island in (cells <= ISLAND * len(flat)).nonzero().flatten().tolist():
+            mine = flat == island
+            around = flat[touching[mine].any(dim=0) & ~mine].unique().tolist()
+            if len(around) == 1 and around != [ground]:
+                flat[mine] = around[0]
+                break
+        else:
+            joined = torch.unique(flat, return_inverse=True)[1]
+            return joined.reshape(size).to(labels.device)
+        cells = flat.bincount(minlength=len(cells))
 
 
 def with_spots(

@@ -3,7 +3,7 @@
 import torch
 
 from ..errors import UserError
-from ..masks.regions import Regions, evidence, find_regions
+from ..masks.regions import Regions, evidence, find_regions, without_islands
 from ..masks.settings import MaskSettings
 from ..masks.thresholds import min_max
 from ..model.protocol import DiffusionModel
@@ -72,7 +72,7 @@ def count_things(
             "no patch that merges or tiles the model's pixels (ToMe, HyperTile)."
         )
     labels = find_regions(reading.affinity, prepared.self_layers[0].size, settings.regions)
-    members = Regions(labels).members
+    members = Regions(without_islands(labels)).members
     if len(members) < 2:
         return 0
     things = min_max(reading.maps).mean(dim=0, keepdim=True)

@@ -18,6 +18,7 @@ from ..masks.regions import (
     find_regions,
     margin,
     with_spots,
+    without_islands,
 )
 from ..masks.resizing import resize
 from ..masks.settings import MaskSettings
@@ -176,6 +177,7 @@ def masks_of_vectors(
     labels = None
     if limit is not None and reading.affinity is not None:
         labels = find_regions(reading.affinity, prepared.self_layers[0].size, limit)
+        labels = without_islands(labels)
     maps = min_max(reading.maps)
     if labels is not None:
         maps = maps.clone()

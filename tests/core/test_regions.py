@@ -20,6 +20,7 @@ from em_core.masks.regions import (
     neighbours,
     placed,
     with_spots,
+    without_islands,
 )
 from em_core.model.layers import AttentionLayer, region_layers
 from em_core.model.recording import AttentionRecorder
@@ -87,6 +88,33 @@ def test_regions_are_connected_and_merge_as_the_limit_grows() -> None:
             assert all(any(small <= large for large in groups(labels)) for small in groups(before))
         before = labels
     assert groups(before) == {frozenset(range(30))}
+
+
+def test_islands_belong_to_the_thing_around_them() -> None:
+    """A core of two cells in a thing; not one that touches the ground too, nor one of three cells."""
+    labels = torch.zeros(16, 16, dtype=torch.long)
+    labels[1:7, 1:7] = 1
+    labels[3, 3:5] = 2  # the core of a thing
+    labels[9:15, 1:7] = 3
+    labels[11, 3:6] = 4  # three cells: 1.2% of the picture
+    labels[1:7, 9:15] = 5
+    labels[6, 11] = 6  # at the rim of its thing
+    labels[11, 11] = 7  # a speck in the ground
+    labels[0, 0], labels[0, 1] = 8, 9  # two specks that touch one another and the ground
+    expected = labels.clone()
+    expected[3, 3:5] = 1
+    expected[expected > 2] -= 1
+    assert torch.equal(without_islands(labels), expected)
+    assert torch.equal(without_islands(expected), expected)
+
+
+def test_an_island_in_an_island_belongs_to_the_thing_too() -> None:
+    """Of 400 cells four are one in a hundred: a ring of three at the border, and a corner in it."""
+    labels = torch.ones(20, 20, dtype=torch.long)
+    labels[10:] = 0
+    labels[:, 10:] = 0
+    labels[0, 1], labels[1, 1], labels[1, 0], labels[0, 0] = 2, 2, 2, 3
+    assert bool((without_islands(labels)[:10, :10] == 1).all())
 
 
 STRIPES = torch.arange(4).repeat_interleave(3).expand(4, 12)
