@@ -146,6 +146,16 @@ def test_of_two_things_nearly_above_one_another_the_left_one_comes_first(
     assert bool((iou(masks, truth) > 0.6).all())
 
 
+def test_a_thing_with_a_core_of_its_own_look_is_found_whole(
+    host: DiffusersHost, short: EMSettings
+) -> None:
+    """A frame with a light middle: the middle is a region of its own, and what the word heats most."""
+    scene = concept_scene(0, "B").only
+    masks = initialise(prepare(host, [example_of(scene)], short)).pictures[0].labels
+    truth = torch.stack([torch.from_numpy(mask) for mask in scene.masks.values()])
+    assert bool((iou(masks, truth) > 0.8).all())
+
+
 def test_what_was_found_in_words() -> None:
     """Shares of the picture; what is under the guards' smallest area was not found."""
     rex, speck = torch.zeros(10, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
