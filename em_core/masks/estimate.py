@@ -109,7 +109,7 @@ def left_to_right(estimate: Estimate, alike: Sequence[Sequence[int]]) -> Estimat
     are of cells too coarse to tell which of two things that stand nearly above one another is the left one.
 
     Args:
-        alike: concepts of one map each, as indices in the prompt's order; empty masks stay where they are.
+        alike: concepts that share a map, as indices in the prompt's order; empty masks stay where they are.
     """
     order = list(range(len(estimate.masks)))
     there = estimate.masks.flatten(1).any(dim=1).tolist()
