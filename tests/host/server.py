@@ -151,6 +151,23 @@ class Server:
                 raise Failed("interrupted", data["node_type"])
         return dict(entry["outputs"])
 
+    def forget(self) -> None:
+        """Free models and what nodes gave, and wait until the server has: it does so when it gets to it."""
+        probe = Builder()
+        made = probe.add("EmptyImage", width=8, height=8, batch_size=1, color=0)
+        probe.add("TestDump", value=made, name="probe")
+        self.run(probe.graph)
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        for _ in range(100):
+            messages = self.wait(self.queue(probe.graph))["status"]["messages"]
+            kept = [
+                id for kind, data in messages if kind == "execution_cached" for id in data["nodes"]
+            ]
+            if made.id not in kept:
+                return
+            time.sleep(0.1)
+        raise TimeoutError("The server kept what its nodes gave.")
+
     def dumped(self, name: str) -> dict[str, Tensor]:
         """What a TestDump node wrote."""
         return load_file(self.base / "output" / f"{name}.safetensors")

@@ -35,7 +35,7 @@ def loaded(
         server.base / "input" / "example.png"
     )
     yield server, request.param
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.forget()
     file.unlink()
 
 

@@ -133,11 +133,10 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     assert not set(runs.glob("*.state.safetensors")) - before
     for file in runs.glob("*.concepts.safetensors"):
         file.unlink()
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.forget()
     again = learning("TestSlow", slow, steps=24, seed=6, joint="LoRA", joint_steps=4)
     again.b.add("SaveConcepts", concepts=again.learn, name="whole", overwrite=True, exports=False)
     again.b.add("TestDump", value=again.learn[1], name="uncached")
-    time.sleep(1)
     server.run(again.b.graph)
     whole_file = (server.base / "models" / "visual_concepts" / "whole.safetensors").read_bytes()
     assert whole_file == stopped
@@ -191,8 +190,7 @@ def test_a_run_that_cannot_be_told_from_others_is_not_kept(server: Server) -> No
         p = learning("TestUnreadable", {}, seed=31, steps=2)
         p.b.add("TestDump", value=p.learn[3], name="unreadable")
         server.run(p.b.graph)
-        server.post("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1)
+        server.forget()
     log = server.log_text()[told:]
     assert log.count("holds an object of the kind _io.TextIOWrapper, and whether that has") == 2
     assert log.count("Learning has begun") == 2 and set(runs.iterdir()) == before

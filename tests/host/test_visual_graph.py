@@ -89,8 +89,7 @@ def test_interrupted_and_queued_again(server: Server) -> None:
     assert not set(runs.glob("*.state.safetensors")) - before
     for file in runs.glob("*.condition.safetensors"):
         file.unlink()
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1)
+    server.forget()
     server.run(graph("whole").b.graph)
     stopped, whole = ((folder / f"{n}.safetensors").read_bytes() for n in ("stopped", "whole"))
     assert stopped == whole
