@@ -31,7 +31,7 @@ import torch
 from em_core.commands.common import load_host
 from em_core.commands.demo import example_of
 from em_core.demo.rendering import render
-from em_core.demo.scenes import concept_scene
+from em_core.demo.scenes import Pictures, concept_scene
 from em_core.demo.vocabulary import SHAPES
 from em_core.errors import UserError
 from em_core.examples import Example
@@ -98,12 +98,17 @@ def demo_host() -> DiffusersHost:
 
 def of_set(set_: str, scene: int) -> list[Example]:
     """Pictures, prompts and true masks of a scene of the benchmark."""
-    return [example_of(picture) for picture in concept_scene(FIRST_SCENE + scene, set_).pictures]
+    return [example_of(picture) for picture in pictures_of(set_, scene)]
+
+
+def pictures_of(case: str, scene: int) -> Pictures:
+    """The pictures of a scene of a set; those of `one` are of A and B, in turn."""
+    return concept_scene(FIRST_SCENE + scene, "AB"[scene % 2] if case == "one" else case).pictures
 
 
 def one_name(scene: int) -> list[Example]:
     """A scene of A or B, in turn, whose prompt names one of its two things."""
-    picture = concept_scene(FIRST_SCENE + scene, "AB"[scene % 2]).only
+    (picture,) = pictures_of("one", scene)
     concept = ConceptPrompt.parse(picture.prompt).concepts[0]
     return [example_of(replace(picture, prompt=f"a photo of {concept} on {picture.background}"))]
 

@@ -15,11 +15,11 @@ from textwrap import wrap
 import numpy as np
 import torch
 from em import (
-    FIRST_SCENE,
     RESULTS,
     Row,
     of_set,
     one_name,
+    pictures_of,
     problem_of,
     read_rows,
     settings_of,
@@ -32,7 +32,6 @@ from PIL import Image
 from torch import Tensor
 
 from em_core.demo.rendering import SIZE, render
-from em_core.demo.scenes import ConceptPicture, concept_scene
 from em_core.masks.measures import iou
 from em_core.pictures import to_image
 from em_core.runs.runner import run
@@ -48,12 +47,6 @@ def lost_runs(rows: Sequence[Row]) -> list[Row]:
     lost = [r for r in rows if r["arm"] == "em" and min(r["given"][-1], default=1.0) < IS_LOST]
     lost.sort(key=lambda row: (LEARNED.index(row["case"]), row["scene"], row["seed"]))
     return list({(row["case"], row["scene"]): row for row in reversed(lost)}.values())[::-1]
-
-
-def pictures_of(case: str, scene: int) -> tuple[ConceptPicture, ...]:
-    """The pictures of a case's scene, as em.py takes them."""
-    set_ = "AB"[scene % 2] if case == "one" else case
-    return concept_scene(FIRST_SCENE + scene, set_).pictures
 
 
 def fault(
