@@ -2,11 +2,13 @@
 
     python benchmarks/step.py --rounds 5              time at 256 px, memory at 256 and 512 px
     python benchmarks/step.py --rounds 1 --side 512   time at 512 px, for which 16 GB have to be free
+    python benchmarks/step.py --rounds 20 --side 512 --device cuda --dtype bfloat16   on a graphics card
 
-Stable Diffusion 1.5's topology at full width with random weights, in float32, batch 1. The steps are
-interleaved within a round and compared as ratios of CPU time there, so that a machine whose speed drifts
-does little harm. Memory is the peak of all tensors in a step, counted on the meta device with attention
-that keeps what a fused kernel does.
+Stable Diffusion 1.5's topology at full width with random weights, batch 1. The steps are interleaved within a
+round and compared as ratios there, so that a machine whose speed drifts does little harm; on a CPU their time
+is CPU time. In bfloat16, as a run has its frozen weights on a card, Break-a-Scene's step is left out. Memory
+is the peak of all tensors in a step, counted on the meta device with attention that keeps what a fused kernel
+does.
 """
 
 import argparse
@@ -104,7 +106,7 @@ def arm(host: DiffusersHost, side: int, concepts: int, mode: Any) -> Arm:
     prepared = Prepared(
         example, size, torch.randn(1, 4, *latent, generator=generator).to(device), None,
         host.attention_layers(latent), (),
-        None if device.type == "meta" else make_refiner(picture, em.masks),
+        None if device.type == "meta" else make_refiner(picture.to(device), em.masks),
     )  # fmt: skip
     concept_names = example.prompt.names
     problem = Problem(host, (prepared,), example.prompt.concepts, em, JointSettings())
@@ -132,24 +134,39 @@ def arms(host: DiffusersHost, side: int) -> dict[str, Arm]:
     }
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    """CPU time of an action."""
-    began = time.process_time()
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """CPU time of an action, or the time until a card has done it."""
+    if device.type == "cpu":
+        began = time.process_time()
+        action()
+        return time.process_time() - began
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
     action()
-    return time.process_time() - began
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
-def measure(side: int, rounds: int) -> list[dict[str, float]]:
-    """CPU time of each kind of step, round by round, and of an E-step."""
-    host = DiffusersHost(pipeline())
+def place_of(device: torch.device) -> str:
+    """Where it runs, for people."""
+    on_card = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_card else "one thread of a CPU"
+
+
+def measure(
+    side: int, rounds: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, float]]:
+    """Time of each kind of step, round by round, and of an E-step."""
+    host = DiffusersHost(pipeline(), device, dtype=dtype)
     kinds = arms(host, side)
     other = BreakAScene(host, kinds["ours"].problem, kinds["ours"].state.pictures[0].masks)
     generator, rows = torch.Generator().manual_seed(3), []
     for number in range(rounds + 1):
-        row = {name: seconds(kind.step) for name, kind in kinds.items()}
-        row["E-step"] = seconds(kinds["ours"].e_step)
-        with other.installed():
-            row["Break-a-Scene"] = seconds(lambda: other.step(generator))
+        row = {name: seconds(kind.step, device) for name, kind in kinds.items()}
+        row["E-step"] = seconds(kinds["ours"].e_step, device)
+        if dtype == torch.float32:
+            with other.installed():
+                row["Break-a-Scene"] = seconds(lambda: other.step(generator), device)
         if number:  # the first round makes what later ones reuse
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -226,21 +243,23 @@ def with_shares(row: dict[str, float]) -> dict[str, float]:
     return row | {"ours with its E-steps": row["ours"] + row["E-step"] / every}
 
 
-def time_table(side: int, rounds: list[dict[str, float]]) -> list[str]:
+def time_table(where: str, rounds: list[dict[str, float]]) -> list[str]:
     rows = [with_shares(row) for row in rounds]
     lines = [
-        f"\n## Time at {side} px\n",
-        f"CPU time of one thread in {len(rows)} interleaved rounds, float32.\n",
+        f"\n## Time at {where}\n",
+        f"{len(rows)} interleaved rounds.\n",
         "| step | median s | least | most |",
         "| --- | --- | --- | --- |",
     ]
     for name in rows[0]:
         values = [row[name] for row in rows]
         lines.append(
-            f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |"
+            f"| {name} | {statistics.median(values):#.3g} | {min(values):#.3g} | {max(values):#.3g} |"
         )
     lines += ["", "| ratio | median | least | most |", "| --- | --- | --- | --- |"]
     for name, to in PAIRS:
+        if to not in rows[0]:
+            continue
         values = [row[name] / row[to] for row in rows]
         lines.append(
             f"| {name} / {to} | {statistics.median(values):.3f} | {min(values):.3f} | {max(values):.3f} |"
@@ -277,6 +296,8 @@ def main() -> None:
     parser.add_argument(
         "--side", type=int, default=256, help="of the pictures whose steps are timed"
     )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--table", action="store_true", help="only write step.md from step.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -284,14 +305,17 @@ def main() -> None:
     file = RESULTS / "step.json"
     found = json.loads(file.read_text()) if file.is_file() else {"time": {}}
     if args.rounds and not args.table:
-        found["time"][str(args.side)] = measure(args.side, args.rounds)
-    if not args.table:
+        device = torch.device(args.device)
+        where = f"{args.side} px, {args.dtype}, {place_of(device)}"
+        dtype = getattr(torch, args.dtype)
+        found["time"][where] = measure(args.side, args.rounds, device, dtype)
+    if not args.table and args.device == "cpu":
         found["memory"] = memory()
     file.write_text(json.dumps(found, indent=1) + "\n")
     em = em_settings("sd1")
     lines = [HEAD.format(refresh=em.refresh, every=em.e_step_every)]
-    for side, rounds in found["time"].items():
-        lines += time_table(int(side), rounds)
+    for where, rounds in found["time"].items():
+        lines += time_table(where, rounds)
     lines += memory_table(found["memory"])
     (RESULTS / "step.md").write_text("\n".join(lines) + "\n")
 

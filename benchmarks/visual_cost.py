@@ -1,10 +1,12 @@
 """What a visual condition costs at Stable Diffusion 1.5's full width: time per step, as ratios to the model.
 
     python benchmarks/visual_cost.py --rounds 3
+    python benchmarks/visual_cost.py --rounds 20 --device cuda --side 512
 
 The UNet has SD 1.5's shapes and random weights, at 256 px, with a text encoder of one layer; everything is in
-float32 on the CPU, with one thread. All ways are timed in turn, round by round, and the ratio of each round
-is taken, since other work on the machine slows all of a round alike. Writes results/visual_cost.json.
+float32 on the CPU, with one thread, and in bfloat16 on a card. All ways are timed in turn, round by round, and
+the ratio of each round is taken, since other work on the machine slows all of a round alike. Writes
+results/visual_cost.json, by size and place.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from em_core.demo import model_path
@@ -42,11 +45,11 @@ from em_core.presets import vico
 from em_core.prompts import ConceptPrompt
 from em_core.settings import EMSettings, VisualSettings
 
-SIDE, OUT = 256, Path(__file__).parent / "results" / "visual_cost.json"
+OUT = Path(__file__).parent / "results" / "visual_cost.json"
 PROMPT = ConceptPrompt.parse("a photo of <rex:circle>")
 
 
-def host_of() -> DiffusersHost:
+def host_of(side: int, device: str) -> DiffusersHost:
     """SD 1.5's UNet with small other parts; the VAE gives latents of an eighth."""
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -54,7 +57,7 @@ def host_of() -> DiffusersHost:
         bos_token_id=49406, eos_token_id=49407, hidden_act="quick_gelu",
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(32,) * 4, latent_channels=4, sample_size=SIDE, norm_num_groups=8,
+        block_out_channels=(32,) * 4, latent_channels=4, sample_size=side, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
@@ -62,7 +65,7 @@ def host_of() -> DiffusersHost:
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer.from_pretrained(model_path() / "tokenizer"),
         unet=UNet2DConditionModel(
-            sample_size=SIDE // 8, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
+            sample_size=side // 8, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
             attention_head_dim=8,
         ),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
@@ -70,16 +73,23 @@ def host_of() -> DiffusersHost:
         feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    return DiffusersHost(pipeline)
+    return DiffusersHost(
+        pipeline, device, dtype=torch.float32 if device == "cpu" else torch.bfloat16
+    )
 
 
-def learning_ways(host: DiffusersHost) -> dict[str, Callable[[], Any]]:
+def mask_of(side: int) -> Tensor:
+    """A concept that takes a third of a picture."""
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = True
+    return mask
+
+
+def learning_ways(host: DiffusersHost, side: int) -> dict[str, Callable[[], Any]]:
     """One step, forward and backward, of each way of learning."""
-    mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    mask[60:200, 60:180] = True
-    picture = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    example = Example(picture, PROMPT, masks={"rex": mask})
-    em = EMSettings(mode="given", image_side=SIDE)
+    picture = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    example = Example(picture, PROMPT, masks={"rex": mask_of(side)})
+    em = EMSettings(mode="given", image_side=side)
     ways: dict[str, Callable[[], Any]] = {}
     ours = VisualSettings()
     tokens = replace(ours, token_learning_rate=1e-3)
@@ -100,6 +110,7 @@ def learning_ways(host: DiffusersHost) -> dict[str, Callable[[], Any]]:
         state, places = initialise(problem), places_of(problem)
         generator = generator_at(state.generator)
         values = init_blocks(places, ["rex"], generator, visual.zero_init)
+        values = {name: value.to(host.device) for name, value in values.items()}
         blocks = blocks_of({n: v.requires_grad_() for n, v in values.items()}, places)
         references = References(problem, state.pictures, [("rex",)])
         drawn = draw(problem, state, generator)
@@ -121,16 +132,17 @@ def learning_ways(host: DiffusersHost) -> dict[str, Callable[[], Any]]:
 
 
 @torch.no_grad()
-def drawing_ways(host: DiffusersHost) -> dict[str, Callable[[], Any]]:
+def drawing_ways(host: DiffusersHost, side: int) -> dict[str, Callable[[], Any]]:
     """One step of a picture under guidance: both halves in one pass."""
     words = host.initial_vectors("circle", 1, torch.Generator())
     encoded = host.encode_prompts([ConceptPrompt(()), PROMPT], {"rex": words})
-    Z_t, t = torch.randn(2, 4, SIDE // 8, SIDE // 8), torch.full((2,), 500.0)
-    mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    mask[60:200, 60:180] = True
-    places = host.image_places((SIDE // 8, SIDE // 8))
-    values = init_blocks(places, ["rex"], torch.Generator(), zero=False)
-    use = VisualUse(values, (Reference(torch.randn(4, SIDE // 8, SIDE // 8), {"rex": mask}),))
+    small = (side // 8, side // 8)
+    Z_t = torch.randn(2, 4, *small).to(host.device)
+    t = torch.full((2,), 500.0, device=host.device)
+    values = init_blocks(host.image_places(small), ["rex"], torch.Generator(), zero=False)
+    values = {name: value.to(host.device) for name, value in values.items()}
+    latent, mask = torch.randn(4, *small).to(host.device), mask_of(side).to(host.device)
+    use = VisualUse(values, (Reference(latent, {"rex": mask}),))
     viewer = Viewer(use, host.unet, host.image_places)
     stream = encoded.streams["text"]
 
@@ -160,18 +172,31 @@ def drawing_ways(host: DiffusersHost) -> dict[str, Callable[[], Any]]:
     }
 
 
-def ratios(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
+    """CPU time of a step, or the time until a card has done it."""
+    if device.type == "cpu":
+        began = time.process_time()
+        step()
+        return time.process_time() - began
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def ratios(
+    ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Seconds of each way, and its ratio to the first: medians over the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, step in ways.items():
-            began = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - began)
+            seconds[name].append(seconds_of(step, device))
     first = next(iter(ways))
     return {
         name: {
-            "seconds": round(statistics.median(took[1:]), 2),
+            "seconds": float(f"{statistics.median(took[1:]):.3g}"),
             "ratio": round(
                 statistics.median(a / b for a, b in zip(took[1:], seconds[first][1:], strict=True)),
                 3,
@@ -184,14 +209,20 @@ def ratios(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", type=int, default=256, help="of the pictures")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    host = host_of()
-    found = {"drawing": ratios(drawing_ways(host), args.rounds)}
-    print(json.dumps(found, indent=1), flush=True)
-    found["learning"] = ratios(learning_ways(host), args.rounds)
-    print(json.dumps(found["learning"], indent=1))
-    OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    host = host_of(args.side, args.device)
+    found: dict[str, Any] = {}
+    for what, ways in (("drawing", drawing_ways), ("learning", learning_ways)):
+        found[what] = ratios(ways(host, args.side), args.rounds, host.device)
+        print(json.dumps(found[what], indent=1), flush=True)
+    on_card = args.device != "cpu"
+    place = torch.cuda.get_device_name(host.device) if on_card else "one thread of a CPU"
+    every = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
+    every[f"{args.side} px, {place}"] = found
+    OUT.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

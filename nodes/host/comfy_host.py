@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management as mm
 import torch
@@ -105,6 +106,25 @@ class ComfyHost:
             self.model.pre_run()
             self.loaded = True
 
+    @contextmanager
+    def vae_in_use(self) -> Iterator[Any]:
+        """The user's VAE, loaded and taken off the device again in inference mode, as the executor does it.
+
+        Weights that were made in inference mode and then moved outside of it, or the other way around, fail
+        when they are used next. So the private copies leave the device first, in the mode that they came in.
+        """
+        self.loaded = False
+        if not self.learning:
+            yield self.vae
+            return
+        for patcher in (self.model, self.clip.patcher):
+            unload(patcher)
+        with torch.inference_mode():
+            try:
+                yield self.vae
+            finally:
+                unload(self.vae.patcher)
+
     @torch.no_grad()
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Return scaled latents of pictures in -1..1.
@@ -112,9 +132,10 @@ class ComfyHost:
         Raises:
             UserError: the VAE is of another family.
         """
-        self.loaded = False
         pixels = rearrange(image, "b c h w -> b h w c").float().cpu() / 2 + 0.5
-        latent = self.vae.encode(pixels).to(self.device, torch.float32, copy=True)
+        with self.vae_in_use() as vae:
+            latent = vae.encode(pixels)
+        latent = latent.to(self.device, torch.float32, copy=True)
         if latent.ndim != 4 or latent.shape[1] != self.models.channels:
             raise wrong_vae(self.models.channels, f"latents of shape {tuple(latent.shape)}")
         return self.model.model.process_latent_in(latent)
@@ -199,6 +220,7 @@ class ComfyHost:
         rank: int = 4,
         alpha: float = 4.0,
     ) -> AbstractContextManager[TrainableParts]:
+        self.load()  # what is made beside a weight is made where the weight is
         if kind == "lora":
             return trainable_lora(self.adaptable_layers(), values, generator, rank, alpha)
         return trainable_weights(self.weights(kind), values)

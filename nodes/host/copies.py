@@ -1,6 +1,7 @@
 """Private copies of a MODEL's and CLIP's weights, so that learning never touches the user's own."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,27 @@ from ...em_core.model.frozen import frozen_layers
 from .families import require_plain_weights
 from .patches import refusal, uncompiled
 
+PAGING = re.compile(r"_v(_.*)?|_pins?(_.*)?|dynamic_.*|.*_lowvram_function")
+"""Attributes that modules have only while their weights are paged."""
+
 
 def without_paging(patcher: Any) -> Any:
-    """Return a clone with all its weights in memory (newer ComfyUI pages them in layer by layer)."""
-    if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
+    """Return a clone with all its weights in memory (newer ComfyUI pages them in layer by layer).
+
+    Where the original is paged, the clone has a module of its own: loaded anew, or a copy where another
+    pack's loader gave ComfyUI no way to do that.
+    """
+    if not (hasattr(patcher, "is_dynamic") and patcher.is_dynamic()):
+        return patcher.clone()
+    if getattr(patcher, "cached_patcher_init", None) is not None:
         return patcher.clone(disable_dynamic=True)
-    return patcher.clone()
+    module = copy_module(patcher.model, lambda name: None)
+    for part in module.modules():
+        for name in [name for name in vars(part) if PAGING.fullmatch(name)]:
+            delattr(part, name)
+        vars(part).pop("comfy_cast_weights", None)  # the class has what is right without paging
+    backups: tuple[Any, ...] = ({}, {}, {}, set())
+    return patcher.clone(disable_dynamic=True, model_override=(module, backups))
 
 
 def own_module(patcher: Any, own: Any, casts: Callable[[str], torch.dtype | None]) -> nn.Module:
@@ -45,6 +61,9 @@ def copy_module(model: nn.Module, casts: Callable[[str], torch.dtype | None]) ->
         value = getattr(model, name, None)
         if value is not None:
             shared[id(value)] = value
+    for module in model.modules():
+        paging = (value for name, value in vars(module).items() if PAGING.fullmatch(name))
+        shared |= {id(value): value for value in paging}
     twin = copy.deepcopy(model, shared)
     for name in ("current_patcher", "current_weight_patches_uuid"):
         if hasattr(twin, name):

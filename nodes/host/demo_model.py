@@ -129,8 +129,17 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def load_clip(folder: Path) -> comfy.sd.CLIP:
+def load_clip_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
+    """Load the text encoder's patcher anew, as ComfyUI asks of whoever loaded it."""
+    return load_clip(folder, disable_dynamic).patcher
+
+
+def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """Load the text encoder, with CLIP's own tokenizer, as a CLIP.
+
+    Args:
+        folder: of the demo model.
+        disable_dynamic: keeps its weights from being paged, which newer ComfyUI does on a graphics card.
 
     Raises:
         UserError: weights are missing or unexpected.
@@ -177,7 +186,9 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={"dtype": torch.float32},
+        **({"disable_dynamic": True} if disable_dynamic else {}),
     )
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (folder,))
     missing, unexpected = clip.cond_stage_model.clip_l.transformer.load_state_dict(
         weights, strict=False
     )

@@ -33,7 +33,7 @@ def draw(
         for text, known in ((prompt, vectors), (ConceptPrompt(()), {}))
     ]
     side = host.image_side // host.models.factor
-    pictures = []
+    latents = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, host.models.channels, side, side, generator=generator)
@@ -41,9 +41,10 @@ def draw(
             host.model, noise, steps, guidance, "euler", "normal", *conds, torch.zeros_like(noise),
             disable_pbar=True, seed=seed,
         )  # fmt: skip
-        host.loaded = False
-        pictures.append(rearrange(host.vae.decode(latent), "b h w c -> b c h w").clone())
-    return torch.cat(pictures)
+        latents.append(latent)
+    with host.vae_in_use() as vae:
+        pictures = [vae.decode(latent) for latent in latents]
+    return torch.cat([rearrange(each, "b h w c -> b c h w").clone() for each in pictures])
 
 
 def sampler_conditioning(host: ComfyHost, prompt: ConceptPrompt, vectors: ConceptVectors) -> list:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
+ON_CARD = os.environ.get("VISUAL_CONCEPTS_DEVICE", "cpu") != "cpu"
+"""Whether ComfyUI is to choose its device by itself, as on a machine with a graphics card."""
 
 
 def find_comfyui() -> list[Path]:

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from found import front_end_of
+from found import ON_CARD, front_end_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,9 +65,9 @@ class Server:
     def start(self) -> "Server":
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
         command = [
-            str(self.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            str(self.python), "main.py", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(self.base), "--disable-auto-launch",
-            *front_end_of(self.comfyui),
+            *([] if ON_CARD else ["--cpu"]), *front_end_of(self.comfyui),
         ]  # fmt: skip
         self.log = (self.base / "server.log").open("ab")
         self.process = subprocess.Popen(

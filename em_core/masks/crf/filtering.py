@@ -12,6 +12,8 @@ from torch import Tensor
 from .lattice import Lattice, build_lattice
 from .paths import FilterPath, choose_path
 
+FIXED_POINT = 2.0**30
+
 
 @dataclass(frozen=True)
 class GroupSums:
@@ -53,6 +55,8 @@ class GroupSums:
         size = (len(self.start) - 1, self.table_size)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            # torch 2.11 says so of whoever leaves the checks out, asked for or not.
+            warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly")
             return torch.sparse_csr_tensor(
                 self.start, self.rows, self.weights, size, check_invariants=False
             )
@@ -123,9 +127,27 @@ def row_sums(
     The splat of ones is a histogram of the vertices. The blur is always by copies, since the tables
     for sums would be used only once.
     """
-    splatted = torch.bincount(lattice.vertex.view(-1), weights.view(-1), lattice.size)
-    blurred = blur_by_copies(lattice, splatted.to(weights.dtype)[:, None], path)
+    vertex, flat = lattice.vertex.view(-1), weights.view(-1)
+    if weights.device.type == "cuda":
+        splatted = histogram(vertex, flat, lattice.size)
+    else:
+        splatted = torch.bincount(vertex, flat, lattice.size).to(weights.dtype)
+    blurred = blur_by_copies(lattice, splatted[:, None], path)
     return slice_sums(lattice, weights)(blurred, path).mul_(lattice.alpha)
+
+
+def histogram(
+    index: Int[Tensor, " entries"], weights: Float[Tensor, " entries"], size: int
+) -> Float[Tensor, " size"]:
+    """Sum weights of 0..1 by their index, the same sums every time.
+
+    A GPU adds in no fixed order, which changes floating-point sums from run to run, but not those of
+    integers.
+    """
+    fixed = (weights * FIXED_POINT).round_().to(torch.int64)
+    sums = torch.zeros(size, dtype=torch.int64, device=weights.device)
+    sums.scatter_add_(0, index.to(torch.int64), fixed)
+    return sums.to(weights.dtype) / FIXED_POINT
 
 
 def splat_sums(lattice: Lattice, weights: Float[Tensor, "classes n"]) -> GroupSums:

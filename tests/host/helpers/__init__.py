@@ -207,6 +207,21 @@ class TestOutOfMemory:
         return (patched,)
 
 
+class TestLoadedOtherwise:
+    """MODEL and CLIP as of a loader that gave ComfyUI no way to load them again."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MODEL", "CLIP")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",)}}
+
+    def run(self, model, clip):
+        model, clip = model.clone(), clip.clone()
+        model.cached_patcher_init = clip.patcher.cached_patcher_init = None
+        return model, clip
+
+
 class TestFault:
     """A patch in which memory runs out after so many passes through a layer, so many times."""
 
@@ -318,7 +333,7 @@ class TestClipVision:
         return {"required": {"kind": (["clip", "dino"],), "seed": ("INT", {"default": 0})}}
 
     def run(self, kind, seed):
-        from comfy.clip_vision import ClipVisionModel
+        from comfy.clip_vision import IMAGE_ENCODERS, ClipVisionModel
 
         config = {
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -335,8 +350,14 @@ class TestClipVision:
         with torch.inference_mode(False):
             vision = ClipVisionModel(file)
             generator = torch.Generator().manual_seed(seed)
-            for _, p in sorted(vision.model.named_parameters()):
-                p.data = torch.randn(p.shape, generator=generator) * 0.3
+            plain = IMAGE_ENCODERS[more[kind]["model_type"]](
+                config | more[kind], torch.float32, "cpu", torch.nn
+            )
+            names = sorted(name for name, _ in plain.named_parameters())
+            weights = plain.state_dict()
+            for name in names:
+                weights[name] = torch.randn(weights[name].shape, generator=generator) * 0.3
+            vision.load_sd(weights)
         return (vision,)
 
 
@@ -364,6 +385,7 @@ NODE_CLASS_MAPPINGS = {
         TestStockClip,
         TestBrokenPatch,
         TestOutOfMemory,
+        TestLoadedOtherwise,
         TestFault,
         TestUnreadable,
         TestSlow,

@@ -1,4 +1,4 @@
-"""Run inside ComfyUI's Python: makes its modules and this pack importable, on the CPU."""
+"""Run inside ComfyUI's Python: makes its modules and this pack importable."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ def start_comfyui() -> None:
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = os.environ.get("VISUAL_CONCEPTS_DEVICE", "cpu") == "cpu"
     import torch
 
     torch.set_num_threads(1)

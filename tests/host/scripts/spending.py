@@ -1,5 +1,6 @@
 """How memory is spent on small random models: frozen layers, texts, copies, plans, and running out of it."""
 
+import ctypes
 import gc
 import logging
 import math
@@ -118,22 +119,93 @@ def check_copies() -> None:
     gc.collect()
     assert not any(ref() is not None for ref in (*gone, *parts))
 
-    anew = reduced.unet("sd1")
+    generator = torch.Generator()  # as when a run goes on in this phase
+    with HOST.learning_host(models, torch.float32) as host, host.trainable("lora", {}, generator):
+        assert host.loaded
 
-    class Paged(type(models.model)):  # type: ignore[misc]
-        """A patcher whose clone is loaded anew."""
+    check_paged()
+
+
+def check_users_vae() -> None:
+    """It is loaded and taken off the device in inference mode, as it was made and will be used: weights that
+    were moved outside of it fail in the next graph. What it gives is an ordinary tensor."""
+    models, modes = models_of("sd1"), []
+    encode, decode = models.vae.encode, models.vae.decode
+
+    def noting(run: Any) -> Any:
+        def noted(x: torch.Tensor) -> torch.Tensor:
+            loaded = [of.model for of in mm.current_loaded_models]
+            modes.append((torch.is_inference_mode_enabled(), host.model in loaded))
+            return run(x)
+
+        return noted
+
+    models.vae.encode, models.vae.decode = noting(encode), noting(decode)
+    generator = torch.Generator().manual_seed(0)
+    with HOST.learning_host(models, torch.float32) as host, torch.no_grad():
+        host.load()
+        latent = host.encode_image(torch.zeros(1, 3, 64, 64))
+        vectors = {name: host.initial_vectors("dog", 1, generator) for name in PROMPT.names}
+        host.draw(PROMPT, vectors, [1, 2], steps=1)
+        assert models.vae.patcher not in [of.model for of in mm.current_loaded_models]
+    assert modes == [(True, False)] * 3 and not latent.is_inference(), modes
+
+
+def check_paged() -> None:
+    """What newer ComfyUI pages in layer by layer is loaded anew; where no loader can do that, it is copied,
+    without what paging has left on its modules, and the original keeps it."""
+    anew, taken = reduced.unet("sd1"), []
+
+    class Paged(type(anew)):  # type: ignore[misc]
+        """A patcher whose clone is loaded anew, or takes the module that it is given."""
 
         def is_dynamic(self) -> bool:
             return True
 
-        def clone(self, *args: Any, disable_dynamic: bool = False, **more: Any) -> Any:
+        def clone(self, disable_dynamic: bool = False, model_override: Any = None) -> Any:
             assert disable_dynamic
-            return anew
+            taken.append(model_override)
+            if model_override is None:
+                return anew
+            return type(anew)(model_override[0], self.load_device, self.offload_device)
 
     paged = Paged(reduced.unet("sd1").model, mm.get_torch_device(), torch.device("cpu"))
-    own = part("nodes.host.copies").private_model(paged, torch.bfloat16, None)
-    assert own.model is anew.model and own.model is not paged.model
+    paged.cached_patcher_init = (object, ())
+    private = part("nodes.host.copies").private_model
+    own = private(paged, torch.bfloat16, None)
+    assert own.model is anew.model and own.model is not paged.model and taken == [None]
     assert all(w.dtype == torch.bfloat16 for w in own.model.diffusion_model.parameters())
+
+    paged.cached_patcher_init, block = None, paged.model.diffusion_model.input_blocks[1][1]
+    pointer, page = ctypes.pointer(ctypes.c_int(1)), {"comfy_cast_weights": True}
+    paged.model.dynamic_pins = block._pin_state = block._v = pointer  # no copy of one can be made
+    block.proj_in.__dict__ |= page
+    own = private(paged, torch.bfloat16, None)
+    (twin, backups) = taken[-1]
+    assert own.model is twin and twin is not paged.model and not any(backups)
+    copied = twin.diffusion_model.input_blocks[1][1]
+    assert not any(hasattr(copied, name) for name in ("_v", "_pin_state"))
+    assert not hasattr(twin, "dynamic_pins") and not page.keys() & vars(copied.proj_in).keys()
+    assert block._v is pointer and block.proj_in.comfy_cast_weights is True
+    for (name, a), b in zip(twin.named_parameters(), paged.model.parameters(), strict=True):
+        assert a is not b and torch.equal(a.float(), b.to(a.dtype).float()), name
+
+
+def check_demo_loader() -> None:
+    """The demo model's MODEL and CLIP can be loaded again, without paging, as ComfyUI asks for it."""
+    model, clip, _ = part("nodes.host.demo_model").load_demo_model(
+        part("em_core.demo").model_path()
+    )
+    for patcher in (model, clip.patcher):
+        load, given = patcher.cached_patcher_init[:2]
+        again = load(
+            *given, **({"disable_dynamic": True} if hasattr(patcher, "is_dynamic") else {})
+        )
+        assert again.model is not patcher.model
+        pairs = zip(
+            again.model.state_dict().items(), patcher.model.state_dict().values(), strict=True
+        )
+        assert all(torch.equal(a, b) for (_, a), b in pairs)
 
 
 ANATOMY, ANATOMY_OF = part("nodes.host.anatomy").anatomy, part("em_core.model.anatomy")
@@ -310,6 +382,8 @@ with torch.inference_mode():
     for check in (check_choice, check_preview, check_exhaustion):
         check()
     with torch.inference_mode(False):
-        for check in (check_texts, check_frozen_layers, check_copies):
+        for check in (
+            check_texts, check_frozen_layers, check_copies, check_users_vae, check_demo_loader,
+        ):  # fmt: skip
             check()
 sys.stdout.write("all is fine\n")
