@@ -101,8 +101,8 @@ def test_inference_alone(channels: int, path: FilterPath) -> None:
         ("cpu", True, 5, FilterPath(8, "product", "sums", "product")),
         ("cpu", False, 1, FilterPath(1, "bag", "copies", "product")),
         ("cpu", False, 3, FilterPath(3, "bag", "copies", "product")),
-        ("cuda", True, 1, FilterPath(1, "product", "copies", "reduction")),
-        ("cuda", False, 3, FilterPath(3, "product", "copies", "reduction")),
+        ("cuda", True, 1, FilterPath(1, "bag", "copies", "reduction")),
+        ("cuda", False, 3, FilterPath(3, "bag", "copies", "reduction")),
         ("mps", False, 3, FilterPath(3, "bag", "copies", "reduction")),
     ),
 )

@@ -22,13 +22,6 @@ import_pack()
 import torch  # noqa: E402
 from full_size import META  # noqa: E402
 
-SHORT = {
-    "float32": "float32",
-    "float32r": "float32, recomputing",
-    "half": "half",
-    "halfr": "half, recomputing",
-    "fp8": "fp8, recomputing",
-}
 MODELS: dict[str, Any] = {}
 PROMPT = "a photo of <rex:dog> and <doll:doll> on grass"
 
@@ -52,7 +45,7 @@ def count(family: str, side: int, kind: str, plan_name: str, batch: int = 1) -> 
     plans, host_module = part("em_core.model.plans"), part("nodes.host.comfy_host")
     settings, joint_module = part("em_core.settings"), part("em_core.method.joint")
     models, device = models_of(family), plans.Device(torch.bfloat16, True)
-    plan = next(plan for plan in plans.PLANS if plan.name == SHORT[plan_name])
+    plan = next(plan for plan in plans.PLANS if plan.name == full_size.PLANS[plan_name])
     # The largest step of a visual condition is one with all concepts, each of which has blocks.
     em = settings.EMSettings(batch=batch, image_side=side, union_sampling=kind != "visual")
     joint = settings.JointSettings(kind="none" if kind == "visual" else kind)

@@ -41,6 +41,14 @@ AUTOENCODER = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
+PLANS = {
+    "float32": "float32",
+    "float32r": "float32, recomputing",
+    "half": "half",
+    "halfr": "half, recomputing",
+    "fp8": "fp8, recomputing",
+}
+"""Memory plans by the short names that cases have."""
 KINDS = {"sd1": known.SD15, "sd2": known.SD20, "sdxl": known.SDXL}
 CLIPS = {
     "sd1": (sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel),

@@ -129,13 +129,16 @@ def check_copies() -> None:
 def check_users_vae() -> None:
     """It is loaded and taken off the device in inference mode, as it was made and will be used: weights that
     were moved outside of it fail in the next graph. What it gives is an ordinary tensor."""
-    models, modes = models_of("sd1"), []
-    encode, decode = models.vae.encode, models.vae.decode
+    with torch.inference_mode():
+        models = models_of("sd1")
+    modes, encode, decode = [], models.vae.encode, models.vae.decode
 
     def noting(run: Any) -> Any:
         def noted(x: torch.Tensor) -> torch.Tensor:
             loaded = [of.model for of in mm.current_loaded_models]
             modes.append((torch.is_inference_mode_enabled(), host.model in loaded))
+            for weight in models.vae.first_stage_model.parameters():
+                weight.data = weight.data.clone()  # as on the way to a card
             return run(x)
 
         return noted
@@ -149,6 +152,8 @@ def check_users_vae() -> None:
         host.draw(PROMPT, vectors, [1, 2], steps=1)
         assert models.vae.patcher not in [of.model for of in mm.current_loaded_models]
     assert modes == [(True, False)] * 3 and not latent.is_inference(), modes
+    with torch.inference_mode():
+        assert torch.isfinite(decode(latent)).all()
 
 
 def check_paged() -> None:

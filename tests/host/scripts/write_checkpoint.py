@@ -7,9 +7,10 @@ ComfyUI takes their sizes from the family and not from the file.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
-family, path, *small = sys.argv[1:]
+arguments = sys.argv[1:]
 
 import full_size  # noqa: E402
 import torch  # noqa: E402
@@ -24,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def shapes() -> dict[str, torch.Tensor]:
+def shapes(family: str, small: bool) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint by name, on the meta device."""
     unet = full_size.unet(family, **(SMALL[family] if small else {})).model
     with full_size.META:
@@ -39,16 +40,22 @@ def shapes() -> dict[str, torch.Tensor]:
 
 
 def filled(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random values that neither grow nor vanish from layer to layer."""
+    """Random values that neither grow nor vanish from layer to layer, made where the generator is."""
     if "position_ids" in name:
         return torch.arange(like.numel()).reshape(like.shape)
-    x = torch.randn(like.shape, generator=generator)
+    x = torch.randn(like.shape, generator=generator, device=generator.device)
     if like.ndim > 1:
-        return (x / like[0].numel() ** 0.5).half()
+        return (x / like[0].numel() ** 0.5).half().cpu()
     scale = like.ndim == 0 or ("norm" in name and name.endswith("weight"))
-    return (1.0 * scale + 0.02 * x).half()
+    return (1.0 * scale + 0.02 * x).half().cpu()
+
+
+def write(family: str, file: Path | str, generator: torch.Generator, small: bool = False) -> None:
+    """Write the checkpoint."""
+    tensors = shapes(family, small).items()
+    save_file({name: filled(name, like, generator) for name, like in tensors}, file)
 
 
 if __name__ == "__main__":
-    generator = torch.Generator().manual_seed(0)
-    save_file({name: filled(name, like, generator) for name, like in shapes().items()}, path)
+    family, path, *small = arguments
+    write(family, path, torch.Generator().manual_seed(0), bool(small))
