@@ -6,6 +6,7 @@ CONTRIBUTING.md says.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from em_core.presets import joint_settings, visual_settings
 from em_core.runs.concept_set import conclude
 from em_core.runs.finding import discover
 from em_core.runs.runner import run
+from em_core.runs.state_file import StateFile
 from em_core.runs.visual import learn_visual
 from em_core.settings import EMSettings
 
@@ -83,14 +85,19 @@ def test_half_precision_finds_the_same_masks(
     assert (iou(masks[0] > 0.5, masks[1].cpu() > 0.5) > 0.95).all()
 
 
-def test_a_stopped_run_goes_on(card: DiffusersHost, example: Example, short: EMSettings) -> None:
-    """In the joint phase too, where a state's tensors come from a file on the CPU."""
+def test_a_stopped_run_goes_on(
+    card: DiffusersHost, example: Example, short: EMSettings, tmp_path: Path
+) -> None:
+    """From a file, in the EM loop and in the joint phase."""
     problem = problem_on(card, example, replace(short, steps=2), "lora")
     seen = []
-    run(problem, initialise(problem), [lambda event, state: seen.append(state)])
-    left = next(state for state in seen if state.phase == "joint")
-    end = run(problem, left)
-    assert end.step == 4 and end.weights.keys() == seen[-1].weights.keys()
+    end = run(problem, initialise(problem), [lambda event, state: seen.append(state)])
+    for stop in (1, 3):  # of the six steps
+        file = StateFile(tmp_path / f"{stop}.safetensors", "key")
+        file.save(seen[stop])
+        again = run(problem, file.load(card.device))
+        assert (again.phase, again.step) == (end.phase, end.step) == ("joint", 4)
+        assert again.weights.keys() == end.weights.keys()
 
 
 def test_a_visual_condition_is_learned_and_draws(
