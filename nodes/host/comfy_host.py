@@ -244,6 +244,9 @@ class ComfyHost:
         import comfy.sd
 
         own = self.model, self.clip
+        if self.learning:  # what is loaded here goes in the mode that it came in
+            unload(self.model)
+            unload(self.clip.patcher)
         lora = loadable(weights, lora_scale, self.models.family == "sdxl")
         try:
             self.model, self.clip = comfy.sd.load_lora_for_models(*own, lora, 1.0, 1.0)

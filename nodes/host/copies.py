@@ -14,7 +14,9 @@ from ...em_core.model.frozen import frozen_layers
 from .families import require_plain_weights
 from .patches import refusal, uncompiled
 
-PAGING = re.compile(r"_v(_.*)?|_pins?(_.*)?|dynamic_.*|.*_lowvram_function")
+PAGING = re.compile(
+    r"_v(_.*)?|_pins?(_.*)?|_prefetch(_.*)?|_comfy_graph|dynamic_(vbars|pins|patchers)|.*_lowvram_function"
+)
 """Attributes that modules have only while their weights are paged."""
 
 
@@ -100,8 +102,9 @@ def private_patcher(
     Raises:
         UserError: the weights are of a kind that has no gradient.
     """
-    own = without_paging(uncompiled(patcher))
-    require_plain_weights(own.model, what)
+    plain = uncompiled(patcher)
+    require_plain_weights(plain.model, what)
+    own = without_paging(plain)
     if own.injections and own.model is not patcher.model:
         raise refusal(
             patcher, "it is bound to the modules of another copy of the model", learning=True
@@ -156,8 +159,13 @@ def private_clip(clip: Any, dtype: torch.dtype | None) -> Any:
 
 def unload(patcher: Any) -> None:
     """Take a patcher off the device and out of ComfyUI's list of loaded models."""
+    unload_where(lambda loaded: loaded is patcher)
+
+
+def unload_where(chosen: Callable[[Any], bool]) -> None:
+    """Do that with all patchers that are chosen."""
     for index in reversed(range(len(mm.current_loaded_models))):
-        if mm.current_loaded_models[index].model is patcher:
+        if chosen(mm.current_loaded_models[index].model):
             mm.current_loaded_models.pop(index).model_unload()
 
 
@@ -188,6 +196,9 @@ def private_copies(
     See :func:`private_model` for the types.
     """
     mm.unload_all_models()
+    # On a machine with a card, those that are kept on the CPU stay loaded, with their patches in their weights.
+    modules = [uncompiled(patcher).model for patcher in (model, clip.patcher)]
+    unload_where(lambda loaded: any(getattr(loaded, "model", None) is each for each in modules))
     with learning_mode():
         own_model = private_model(model, dtype, storage)
         own_clip = private_clip(clip, clip_dtype)

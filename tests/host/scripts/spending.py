@@ -126,6 +126,31 @@ def check_copies() -> None:
     check_paged()
 
 
+def check_kept_on_the_cpu() -> None:
+    """A CLIP that stays loaded, since ComfyUI frees a card alone, is copied without its LoRA in the weights:
+    the copy, which has the LoRA as a patch too, would have it twice."""
+    models = models_of("sd1")
+    patched = models.clip.clone()
+    key = next(
+        name for name in models.clip.patcher.model.state_dict() if name.endswith("q_proj.weight")
+    )
+    before = models.clip.patcher.model.state_dict()[key].clone()
+    patched.patcher.add_patches({key: ("diff", (torch.ones_like(before),))}, 1.0)
+    mm.load_models_gpu([patched.patcher], force_full_load=True)
+    assert torch.equal(patched.patcher.model.state_dict()[key], before + 1)
+    real, mm.unload_all_models = mm.unload_all_models, lambda: None  # as for a model on the CPU
+    try:
+        with HOST.learning_host(replace(models, clip=patched), torch.float32) as host:
+            for _ in range(2):
+                host.load()
+                weight = host.clip.patcher.model.state_dict()[key]
+                torch.testing.assert_close(weight, before + 1)
+                with host.vae_in_use():
+                    pass
+    finally:
+        mm.unload_all_models = real
+
+
 def check_users_vae() -> None:
     """It is loaded and taken off the device in inference mode, as it was made and will be used: weights that
     were moved outside of it fail in the next graph. What it gives is an ordinary tensor."""
@@ -183,13 +208,15 @@ def check_paged() -> None:
 
     paged.cached_patcher_init, block = None, paged.model.diffusion_model.input_blocks[1][1]
     pointer, page = ctypes.pointer(ctypes.c_int(1)), {"comfy_cast_weights": True}
-    paged.model.dynamic_pins = block._pin_state = block._v = pointer  # no copy of one can be made
+    paged.model.dynamic_pins = block._pin_state = block._v = block._prefetch = (
+        pointer  # no copy of one can be made
+    )
     block.proj_in.__dict__ |= page
     own = private(paged, torch.bfloat16, None)
     (twin, backups) = taken[-1]
     assert own.model is twin and twin is not paged.model and not any(backups)
     copied = twin.diffusion_model.input_blocks[1][1]
-    assert not any(hasattr(copied, name) for name in ("_v", "_pin_state"))
+    assert not any(hasattr(copied, name) for name in ("_v", "_pin_state", "_prefetch"))
     assert not hasattr(twin, "dynamic_pins") and not page.keys() & vars(copied.proj_in).keys()
     assert block._v is pointer and block.proj_in.comfy_cast_weights is True
     for (name, a), b in zip(twin.named_parameters(), paged.model.parameters(), strict=True):
@@ -388,7 +415,8 @@ with torch.inference_mode():
         check()
     with torch.inference_mode(False):
         for check in (
-            check_texts, check_frozen_layers, check_copies, check_users_vae, check_demo_loader,
+            check_texts, check_frozen_layers, check_copies, check_kept_on_the_cpu, check_users_vae,
+            check_demo_loader,
         ):  # fmt: skip
             check()
 sys.stdout.write("all is fine\n")
