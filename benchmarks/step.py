@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from break_a_scene import BreakAScene
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
+from timing import place_of, seconds
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -132,25 +132,6 @@ def arms(host: DiffusersHost, side: int) -> dict[str, Arm]:
         "ours, one concept": arm(host, side, 1, "em"),
         "ours, three concepts": arm(host, side, 3, "em"),
     }
-
-
-def seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """CPU time of an action, or the time until a card has done it."""
-    if device.type == "cpu":
-        began = time.process_time()
-        action()
-        return time.process_time() - began
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    action()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def place_of(device: torch.device) -> str:
-    """Where it runs, for people."""
-    on_card = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if on_card else "one thread of a CPU"
 
 
 def measure(

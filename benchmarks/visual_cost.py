@@ -12,7 +12,6 @@ results/visual_cost.json, by size and place.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from timing import place_of, seconds
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -172,37 +172,21 @@ def drawing_ways(host: DiffusersHost, side: int) -> dict[str, Callable[[], Any]]
     }
 
 
-def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
-    """CPU time of a step, or the time until a card has done it."""
-    if device.type == "cpu":
-        began = time.process_time()
-        step()
-        return time.process_time() - began
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def ratios(
     ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Seconds of each way, and its ratio to the first: medians over the rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, step in ways.items():
-            seconds[name].append(seconds_of(step, device))
-    first = next(iter(ways))
+            times[name].append(seconds(step, device))
+    first = times[next(iter(ways))][1:]
     return {
         name: {
-            "seconds": float(f"{statistics.median(took[1:]):.3g}"),
-            "ratio": round(
-                statistics.median(a / b for a, b in zip(took[1:], seconds[first][1:], strict=True)),
-                3,
-            ),
+            "seconds": float(f"{statistics.median(took):.3g}"),
+            "ratio": round(statistics.median(a / b for a, b in zip(took, first, strict=True)), 3),
         }
-        for name, took in seconds.items()
+        for name, took in ((name, each[1:]) for name, each in times.items())
     }
 
 
@@ -218,10 +202,8 @@ def main() -> None:
     for what, ways in (("drawing", drawing_ways), ("learning", learning_ways)):
         found[what] = ratios(ways(host, args.side), args.rounds, host.device)
         print(json.dumps(found[what], indent=1), flush=True)
-    on_card = args.device != "cpu"
-    place = torch.cuda.get_device_name(host.device) if on_card else "one thread of a CPU"
     every = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
-    every[f"{args.side} px, {place}"] = found
+    every[f"{args.side} px, {place_of(host.device)}"] = found
     OUT.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
 
