@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from em_core.model.memory import FAMILIES, KINDS
+from memory import GIB, LEARNED
+
+from em_core.model.memory import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 ROWS, TABLE = (ROOT / "benchmarks" / "results" / f"card.{end}" for end in ("jsonl", "md"))
-GIB = 2**30
 STEPS = 6
-LEARNED = KINDS | {"visual": "visual condition"}
 PLANS, WHOLE = ("half", "halfr", "fp8"), ("float32", "float32r")
 SIZES = (("sd1", 512), ("sdxl", 1024), ("sd2", 768))
 GRID = (
