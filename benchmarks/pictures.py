@@ -109,7 +109,6 @@ VISUAL: dict[str, Arm] = {
     "visual+lora": Arm(joint="lora", visual="ours"),
     "vico": Arm(visual="vico"),
     "visual_400": Arm(visual="ours", visual_changes={"steps": 400}),
-    "visual_not_gated": Arm(visual="ours", visual_changes={"gated": False}),
     "visual_tokens_too": Arm(visual="ours", visual_changes={"token_learning_rate": 1e-3}),
     "visual_not_disturbed": Arm(visual="ours", visual_changes={"disturb": False}),
     "visual_noise": Arm(visual="ours", visual_changes={"reference_noise": 0.05}),
@@ -117,7 +116,10 @@ VISUAL: dict[str, Arm] = {
 }
 OTHERS: dict[str, Arm] = {
     **{f"steps_{steps}": Arm({"steps": steps}) for steps in (60, 240, 400, 800)},
-    "steps_400_no_decay": Arm({"steps": 400, "decay_after": None}),
+    **{
+        f"steps_400_no_decay{more}": Arm({"steps": 400, "decay_after": None}, joint=kind)
+        for more, kind in JOINT.items()
+    },
     "decay_60": Arm({"decay_after": 60}),
     "steps_400_decay_60": Arm({"steps": 400, "decay_after": 60}),
     "vectors_2": Arm({"vectors": 2}),

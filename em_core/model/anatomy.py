@@ -168,6 +168,8 @@ class Need:
         regions: of recording how pixels attend to one another, at the start of a run.
         passes: how many passes go through the UNet together.
         gradients: of `trained`, what only comes while `saved` goes.
+        ending: where the UNet's backward pass ends, beyond the weights: `trained` as far as it is there,
+            what the text encoders still keep, and the block that comes last.
         encoding: of encoding the largest picture, with the VAE's weights. It comes first, when nothing
             else is on the device.
     """
@@ -180,6 +182,7 @@ class Need:
     regions: float
     passes: int
     gradients: float = 0.0
+    ending: float = 0.0
     encoding: float = 0.0
 
     @property
@@ -192,7 +195,7 @@ class Need:
         """The most that tensors take at a time once the pictures are encoded."""
         reading = self.passes * self.one_pass + self.regions
         learning = self.trained - self.gradients + self.step
-        return self.weights + max(learning, self.trained, reading)
+        return self.weights + max(learning, self.ending, self.trained, reading)
 
     @property
     def peak(self) -> float:

@@ -43,6 +43,7 @@ def needs(anatomy: Anatomy, spending: Spending, job: Job) -> Need:
         regions=regions,
         passes=max(1, min(PASSES, fit)) if spending.recompute else PASSES,
         gradients=trained_bytes(anatomy, job) / (5 if job.kind == "lora" else 4),
+        ending=ending_bytes(anatomy, spending, job),
         encoding=encoding_bytes(anatomy, job),
     )
 
@@ -179,6 +180,19 @@ def working_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
             block += recorded_bytes(stage, job) / stage.depth
         again = max(again, block)
     return again
+
+
+def ending_bytes(anatomy: Anatomy, spending: Spending, job: Job) -> float:
+    """What is there where the UNet's backward pass ends, in its first stage that learns: gradients of
+    the text encoders come later, and so does the optimizer's step."""
+    trained = trained_bytes(anatomy, job)
+    if job.kind == "lora":
+        trained *= 4 / 5
+    if job.kind == "full":
+        trained -= FLOAT * sum(encoder.weights for encoder in anatomy.text)
+    last = learning_stages(anatomy, job)[0]
+    block = kept_of(last, spending, job) + gradient_bytes(last, spending, job)
+    return trained + text_bytes(anatomy, job) + block
 
 
 def gradient_bytes(stage: Stage, spending: Spending, job: Job) -> float:

@@ -36,7 +36,12 @@ def visual_needs(
     saved = learning.saved + blocks + features + casts
     trained = 4.0 * FLOAT * count
     phase = replace(
-        before, trained=trained, saved=saved, working=learning.working, gradients=trained / 4
+        before,
+        trained=trained,
+        saved=saved,
+        working=learning.working,
+        gradients=trained / 4,
+        ending=trained + learning.ending,
     )
     return max(before, phase, key=lambda need: need.running)
 
