@@ -9,6 +9,7 @@ from found import run_script
 
 GIB = 2**30
 WITHIN = 0.1
+SHORT = 0.03  # by which an estimate may be short: kernels' workspaces take the reserve of 4% and 0.5 GiB, too
 PLANS = ("half", "halfr", "fp8")
 # Peak of a step in GiB that a plan may take: plain, recomputing, and with frozen weights in fp8.
 AIMS = {
@@ -25,6 +26,7 @@ CORNERS = (
     "sd1-512-none-half", "sd1-512-lora-fp8", "sd1-512-none-half-4", "sd1-768-lora-halfr",
     "sd1-512-cross_attention-float32r", "sd2-768-none-halfr", "sd2-768-lora-half",
     "sd1-768-none-float32", "sdxl-1024-none-half", "sdxl-1024-lora-fp8",
+    "sdxl-1024-cross_attention-float32r",
     "sd1-512-visual-half",
 )  # fmt: skip
 SIZES = (("sd1", 512), ("sd1", 768), ("sd2", 768), ("sdxl", 1024))
@@ -44,12 +46,13 @@ def counted(comfyui: Path, cases: tuple[str, ...], timeout: int) -> list[dict[st
 
 
 def check(found: list[dict[str, Any]]) -> None:
-    """The estimate is within a tenth of the count, and the count within the aims; passes that go
+    """The estimate is within a tenth of the count and hardly below it, the count within the aims; passes that go
     through together take no more than was foreseen. Encoding a picture, which comes before all that,
     is not what takes the most, even in float32."""
     for case in found:
         name = f"{case['family']} {case['side']} {case['kind']} {case['plan']}: {case}"
         assert case["estimate"] == pytest.approx(case["peak"], rel=WITHIN), name
+        assert case["peak"] < case["estimate"] * (1 + SHORT), name
         assert case["weights"] + case["passes"] < case["need"], name
         assert case["parts"]["encoding"] == pytest.approx(case["encoded"], rel=WITHIN), name
         assert case["encoded"] < case["peak"], name
