@@ -26,8 +26,7 @@ CORNERS = (
     "sd1-512-none-half", "sd1-512-lora-fp8", "sd1-512-none-half-4", "sd1-768-lora-halfr",
     "sd1-512-cross_attention-float32r", "sd2-768-none-halfr", "sd2-768-lora-half",
     "sd1-768-none-float32", "sdxl-1024-none-half", "sdxl-1024-lora-fp8",
-    "sdxl-1024-cross_attention-float32r",
-    "sd1-512-visual-half",
+    "sdxl-1024-cross_attention-float32r", "sd1-512-visual-half",
 )  # fmt: skip
 SIZES = (("sd1", 512), ("sd1", 768), ("sd2", 768), ("sdxl", 1024))
 GRID = (
@@ -46,9 +45,9 @@ def counted(comfyui: Path, cases: tuple[str, ...], timeout: int) -> list[dict[st
 
 
 def check(found: list[dict[str, Any]]) -> None:
-    """The estimate is within a tenth of the count and hardly below it, the count within the aims; passes that go
-    through together take no more than was foreseen. Encoding a picture, which comes before all that,
-    is not what takes the most, even in float32."""
+    """The estimate is within a tenth of the count and hardly below it, the count within the aims; passes
+    that go through together take no more than was foreseen. Encoding a picture, which comes before all
+    that, is not what takes the most, even in float32."""
     for case in found:
         name = f"{case['family']} {case['side']} {case['kind']} {case['plan']}: {case}"
         assert case["estimate"] == pytest.approx(case["peak"], rel=WITHIN), name
